@@ -1,0 +1,121 @@
+"""Graft: parameter-efficient fine-tuning of language models, and many adapters on one base.
+
+Names are imported when they are first used, so that `import graft` is quick and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graft.adapt import attach, detach, prepare, route, use
+    from graft.bank import Adapter
+    from graft.base import load_base
+    from graft.description import describe
+    from graft.errors import (
+        AdapterFileError,
+        ConfigError,
+        DataError,
+        GraftError,
+        MergeError,
+        RouteError,
+        SiteError,
+        TrainingError,
+    )
+    from graft.files import load, save
+    from graft.merging import combine, merge, unmerge
+    from graft.methods.bottleneck import Bottleneck
+    from graft.methods.full import FullFineTuning
+    from graft.methods.head import Head
+    from graft.methods.ia3 import IA3
+    from graft.methods.lora import LoRA
+    from graft.methods.prefix import PrefixTuning
+    from graft.methods.prompt import PromptTuning
+    from graft.methods.top_layers import TopLayers
+    from graft.train.trainer import GraftTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "bank",
+    "AdapterFileError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "GraftError": "errors",
+    "GraftTrainer": "train.trainer",
+    "MergeError": "errors",
+    "RouteError": "errors",
+    "SiteError": "errors",
+    "TrainingError": "errors",
+    "attach": "adapt",
+    "combine": "merging",
+    "describe": "description",
+    "detach": "adapt",
+    "load": "files",
+    "load_base": "base",
+    "merge": "merging",
+    "prepare": "adapt",
+    "route": "adapt",
+    "save": "files",
+    "unmerge": "merging",
+    "use": "adapt",
+}
+
+__all__ = [
+    "IA3",
+    "Adapter",
+    "AdapterFileError",
+    "Bottleneck",
+    "ConfigError",
+    "DataError",
+    "FullFineTuning",
+    "GraftError",
+    "GraftTrainer",
+    "Head",
+    "LoRA",
+    "MergeError",
+    "PrefixTuning",
+    "PromptTuning",
+    "RouteError",
+    "SiteError",
+    "TopLayers",
+    "TrainingError",
+    "attach",
+    "combine",
+    "describe",
+    "detach",
+    "load",
+    "load_base",
+    "merge",
+    "prepare",
+    "route",
+    "save",
+    "unmerge",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    if name in _HOMES:
+        if name in ("attach", "load"):
+            importlib.import_module("graft.files")
+        return _kept(name, getattr(importlib.import_module(f"graft.{_HOMES[name]}"), name))
+    if name[0].isupper():
+        importlib.import_module("graft.methods")
+        registry = importlib.import_module("graft.method").REGISTRY
+        found = next((cls for cls in registry.values() if cls.__name__ == name), None)
+        if found is not None:
+            return _kept(name, found)
+    raise AttributeError(f"module 'graft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _kept(name: str, value: Any) -> Any:
+    globals()[name] = value
+    return value

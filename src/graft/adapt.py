@@ -1,0 +1,239 @@
+"""The verbs on a model: attach, detach, use, route, prepare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from graft import attend, freeze, roles, slots
+from graft.bank import Adapter, Bank, bank_of, key_of, known
+from graft.errors import ConfigError, RouteError, SiteError
+from graft.method import Build, CopyDelta, Method, SelectMethod
+from graft.roles import Site
+from graft.routes import Route, entry_of
+
+FOREIGN: list[Callable[[Any], Method | None]] = []
+"""Readers of other libraries' config objects; `graft.files` adds peft's."""
+
+
+def use(model: nn.Module, entry: Any) -> None:
+    """Give every row the same entry until changed.
+
+    Args:
+        entry: None (the base), a name, a tuple of names, or a dict of name to weight.
+
+    Raises:
+        RouteError: a name is not attached, or the model is merged.
+    """
+    bank = bank_of(model)
+    chosen = known(bank, entry_of(entry))
+    if bank.originals is not None:
+        raise RouteError("the model is merged; call graft.unmerge before using adapters")
+    freeze.select(model, bank, chosen)
+    was, bank.used = bank.used, chosen
+    if bank.current == Route.everywhere(was):
+        bank.current = Route.everywhere(chosen)
+
+
+class route:  # noqa: N801  a context manager that reads like a function
+    """Route the rows of a batch, or runs of flattened tokens, inside a `with` block.
+
+    Args:
+        model: a model with adapters.
+        rows: one entry per row. A list shorter than the batch that divides it repeats each entry consecutively
+            (beams); any other length is an error in the forward.
+        segments: (entry, length) for each run of tokens of a packed batch, instead of rows.
+
+    Raises:
+        RouteError: an unknown name, a merged model, or an adapter that cannot be routed.
+    """
+
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Any] | None = None, *, segments: Sequence[tuple[Any, int]] | None = None
+    ) -> None:
+        self.bank = bank_of(model)
+        if (rows is None) == (segments is None):
+            raise RouteError("give either rows or segments")
+        self.route = Route.of_rows(rows) if rows is not None else Route.of_segments(segments or [])
+        if self.bank.originals is not None:
+            raise RouteError("the model is merged; call graft.unmerge before routing")
+        for entry in set(self.route.entries):
+            known(self.bank, entry)
+        for adapter in self.bank:
+            if adapter.selected:
+                raise RouteError(
+                    f"adapter {adapter.name!r} ({adapter.method.name}) trains the base itself and cannot be routed "
+                    "beside others; detach it, or use it for every row with graft.use"
+                )
+        self.before: list[Route] = []
+
+    def __enter__(self) -> Route:
+        self.before.append(self.bank.current)
+        self.bank.current = self.route
+        return self.route
+
+    def __exit__(self, *_: object) -> None:
+        self.bank.current = self.before.pop()
+
+
+def attach(
+    model: nn.Module, method: Any, name: str = "default", *, peft_compat: bool = False, trainable: bool = True
+) -> Adapter:
+    """Put a new adapter on the model; the first attach freezes the base.
+
+    Args:
+        model: a transformers model. It keeps its class, its modules and its parameter names.
+        method: a Graft method, or a `peft` config (which implies `peft_compat`).
+        name: what routes and folders call the adapter.
+        peft_compat: peft's form wherever it differs from the method.
+        trainable: whether its parameters require gradients.
+
+    Returns:
+        The adapter. It is in use if it is the only one; other adapters stay as they are.
+
+    Raises:
+        ConfigError: a bad or taken name, or a method that contradicts what is attached.
+        SiteError: the model lacks a place that the method needs.
+    """
+    if not isinstance(method, Method):
+        read = next((found for reader in FOREIGN if (found := reader(method)) is not None), None)
+        if read is None:
+            raise ConfigError(f"method: expected a Graft method or a peft config, not {type(method).__name__}")
+        method, peft_compat = read, True
+    bank = getattr(model, "adapters", None)
+    if bank is not None and not isinstance(bank, Bank):
+        raise ConfigError(f"model.adapters is taken by a {type(bank).__name__}; Graft needs that name")
+    _check(bank, method, name)
+    adapter = _made(model, method, name, peft_compat)
+    adapter.requires_grad_(trainable)
+    adapter.train(model.training)
+    if bank is None:
+        bank = Bank()
+        freeze.freeze(model, bank)
+        model.adapters = bank
+        bank.watch(model)
+    bank.held[key_of(name)] = adapter
+    bank.place(model, adapter)
+    if isinstance(method, SelectMethod):
+        freeze.claim(model, bank, adapter, trainable)
+    freeze.ignore_on_save(model, bank)
+    bank.unchecked.add(name)
+    if len(bank) == 1:
+        use(model, name)
+    return adapter
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all, off the model; after the last one it is the very same model as before.
+
+    Raises:
+        RouteError: no such adapter, or the model is merged.
+    """
+    bank = bank_of(model)
+    if bank.originals is not None:
+        raise RouteError("the model is merged; call graft.unmerge before detaching")
+    for each in bank.names if name is None else (name,):
+        known(bank, ((each, 1.0),))
+        if any(each == used for used, _ in bank.used):
+            use(model, None)
+        adapter = bank[each]
+        bank.remove(model, adapter)
+        freeze.unclaim(model, adapter)
+        del bank.held[key_of(each)]
+        bank.unchecked.discard(each)
+    freeze.ignore_on_save(model, bank)
+    if not len(bank):
+        attend.uninstall(bank)
+        bank.unhook_all()
+        freeze.thaw(model, bank)
+        del model.adapters
+
+
+def prepare(model: nn.Module, batch: dict[str, Any], rows: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Put the slots of soft prompts into a batch.
+
+    Args:
+        batch: `input_ids` (B, T) and what goes with them: `attention_mask`, `labels`, `token_type_ids`.
+        rows: one entry per row; None for what is in use. Pass the same rows to `route`.
+
+    Returns:
+        A new batch with ids, mask, labels (-100 at slots) and positions; the batch itself if no row has a soft prompt.
+        It pads right when there are labels, else left for decoders. Encoder-decoders get slots in the encoder only.
+
+    Raises:
+        RouteError: no `input_ids`, or rows that do not fit the batch.
+    """
+    bank = bank_of(model)
+    if "input_ids" not in batch:
+        raise RouteError("prepare needs input_ids: soft prompts are slot tokens in the data, not inputs_embeds")
+    size = batch["input_ids"].shape[0]
+    entries = [known(bank, entry) for entry in slots.entries_of(rows, bank.current, size)]
+    counts = [sum(delta.length for delta in bank.prompts(entry)) for entry in entries]
+    if not any(counts):
+        return batch
+    config = model.config
+    causal = roles.is_decoder(model)
+    new, mask_BT = slots.add_slots(
+        batch,
+        counts,
+        slot_id=slots.slot_token(config),
+        pad_id=config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0,
+        side="left" if causal and "labels" not in batch else "right",
+        positions=causal and slots.accepts(model, "position_ids"),
+        keep_labels=roles.is_encoder_decoder(model),
+    )
+    bank.slots.note(new["input_ids"], mask_BT)
+    return new
+
+
+def _check(bank: Bank | None, method: Method, name: str) -> None:
+    if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"name: {name!r} cannot name an adapter; use letters, digits, '-', '_' or '.'")
+    if bank is None:
+        return
+    if name in bank:
+        raise ConfigError(f"name: an adapter named {name!r} is attached already; detach it or take another name")
+    if bank.originals is not None:
+        raise ConfigError("the model is merged; call graft.unmerge before attaching")
+    taken = next((adapter for adapter in bank if adapter.selected), None)
+    if taken is not None or (isinstance(method, SelectMethod) and len(bank)):
+        which = f"{taken.name!r} ({taken.method.name})" if taken is not None else method.name
+        raise ConfigError(f"{which} trains the base itself and cannot stand beside other adapters; detach them first")
+
+
+def _made(model: nn.Module, method: Method, name: str, peft_compat: bool) -> Adapter:
+    """The adapter with all its deltas; the model is not touched."""
+    build = Build(model, peft_compat)
+    adapter = Adapter(name, method, peft_compat=peft_compat)
+    if isinstance(method, SelectMethod):
+        parameters = dict(model.named_parameters())
+        adapter.selected = {each: parameters[each] for each in method.chosen(build)}
+        return adapter
+    sites = method.sites(build)
+    adapter.shared = method.shared(sites, build)
+    for site in sites:
+        delta = method.delta(site, build)
+        if delta is not None:
+            adapter.add(site, delta)
+    for site, delta in method.extras(build):
+        adapter.add(site, delta)
+    heads = roles.task_heads(model) if method.head else []
+    whole = [*heads, *(site for each in method.modules_to_save for site in _named(model, each))]
+    for site in {site.path: site for site in whole}.values():
+        if site.path not in adapter.sites:
+            adapter.add(site, CopyDelta(site.module))
+    return adapter
+
+
+def _named(model: nn.Module, name: str) -> list[Site]:
+    """The modules of that name outside the bank, whatever their class."""
+    found = [
+        Site(path, "other", None, module, 0, 0)
+        for path, module in model.named_modules()
+        if (path == name or path.endswith(f".{name}")) and not path.startswith("adapters.")
+    ]
+    if not found:
+        raise SiteError(f"modules_to_save: no module is named {name!r}")
+    return found

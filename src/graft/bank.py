@@ -1,0 +1,335 @@
+"""The bank: every adapter of a model, the hooks at its sites, and what is current.
+
+One child, `model.adapters`, is added to the user's model; nothing in the base is replaced, its keys stay as they are,
+and `detach` gives back the very same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from graft import attend, freeze, roles, slots
+from graft.errors import RouteError, SiteError
+from graft.hooks import BarrierHook, ContiguousHook, PoolHook, PositionHook, RootHook, SiteHook, SlotHook, Tap, pooled
+from graft.method import AttentionDelta, Delta, InputDelta, Method
+from graft.roles import Site
+from graft.routes import BASE, Entry, Route
+
+
+class Adapter(nn.Module):
+    """One adapter: a method, and its parameters at the sites of one model.
+
+    Attributes:
+        name: what routes call it.
+        method: the recipe.
+        scale: a dial that multiplies its weight wherever it acts (1.0 is as trained).
+        peft_compat: whether it has peft's form where that differs from the method.
+    """
+
+    def __init__(self, name: str, method: Method, *, peft_compat: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.method = method
+        self.scale = 1.0
+        self.peft_compat = peft_compat
+        self.deltas = nn.ModuleDict()
+        self.shared: nn.Module | None = None
+        self.sites: dict[str, Site] = {}
+        self.shift: dict[str, int] = {}
+        self.selected: dict[str, nn.Parameter] = {}
+        self.other: dict[str, Tensor] = {}
+        self.acting = False
+
+    @property
+    def trainable(self) -> int:
+        """How many values train now."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @property
+    def saved(self) -> int:
+        """How many values a saved folder holds."""
+        shared = getattr(self.shared, "saved_numel", None)
+        if self.shared is not None and shared is None:
+            shared = sum(p.numel() for p in self.shared.parameters())
+        own = sum(delta.saved_numel for delta in self.deltas.values())
+        return own + (shared or 0) + sum(p.numel() for p in self.selected.values())
+
+    def at(self, path: str) -> Delta:
+        """The delta at the site with this path."""
+        return self.deltas[key_of(path)]  # type: ignore[return-value]
+
+    def items(self) -> Iterator[tuple[Site, Delta]]:
+        """Each site with its delta, in the model's order."""
+        for path, site in self.sites.items():
+            yield site, self.at(path)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The adapter's parameters; for a selection method those of the base that it trains."""
+        yield from super().parameters(recurse)
+        yield from self.selected.values()
+
+    def add(self, site: Site, delta: Delta) -> None:
+        """Own the delta of one more site."""
+        if site.path in self.sites:
+            raise SiteError(f"{self.method.name}: two deltas of one adapter at {site.path}; name each place once")
+        delta.bind(self.shared)
+        self.deltas[key_of(site.path)] = delta
+        self.sites[site.path] = site
+        if isinstance(delta, AttentionDelta) and delta.shift:
+            self.shift[site.stack] = max(delta.shift, self.shift.get(site.stack, 0))
+
+
+class Bank(nn.Module):
+    """All adapters of one model. It lives in the model's tree as `model.adapters`; its own forward never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.ModuleDict()
+        self.used: Entry = BASE
+        self.current = Route.everywhere(BASE)
+        self.asleep = False
+        self.slots = slots.Slots()
+        self.batch = 0
+        self.past: Any = 0
+        self.prompted = False
+        self.shifted = False
+        self.hooks: dict[str, SiteHook] = {}
+        self.handles: dict[str, list[RemovableHandle]] = {}
+        self.originals: dict[str, Tensor] | None = None
+        self.flags: dict[str, bool] = {}
+        self.checkpointed: list[nn.Module] = []
+        self.attention: list[tuple[Any, str]] = []
+        self.unchecked: set[str] = set()
+        self.visited: set[str] | None = None
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self.held[key_of(name)]  # type: ignore[return-value]
+
+    def __contains__(self, name: object) -> bool:
+        return key_of(str(name)) in self.held
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self.held.values())  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, oldest first."""
+        return tuple(adapter.name for adapter in self)
+
+    # What the hooks ask.
+
+    def visit(self, path: str) -> None:
+        if self.visited is not None:
+            self.visited.add(path)
+
+    @property
+    def continues(self) -> bool:
+        """Whether this forward goes on from a cache, whose first part had the slots."""
+        return not isinstance(self.past, int) or self.past > 0
+
+    def prompts(self, entry: Entry) -> list[InputDelta]:
+        """The soft prompts of an entry, in order."""
+        deltas = [delta for name, _ in entry for delta in self[name].deltas.values()]
+        return [delta for delta in deltas if isinstance(delta, InputDelta)]
+
+    def pools(self, entry: Entry) -> int:
+        """1 if a pooler shall read the token behind the slots of this entry."""
+        return int(all(delta.pools_after_slots for delta in self.prompts(entry)))
+
+    def row_entries(self, size: int) -> list[Entry]:
+        """The entry of each of `size` rows under the current route."""
+        return [self.current.entries[i] for i in self.current.owner(size)]
+
+    def offset(self, stack: str) -> int | Tensor | None:
+        """How far positions move in a stack: one number, a (B, 1) or (1, T) tensor, or None."""
+        if self.asleep or not self.shifted:
+            return None
+        route = self.current
+        shifts = [sum(self[name].shift.get(stack, 0) for name, _ in entry) for entry in route.entries]
+        if not any(shifts):
+            return None
+        if route.uniform is not None:
+            return shifts[0]
+        device = next(iter(self.parameters())).device
+        if route.by_token:
+            return torch.tensor([shifts[i] for i in route.owner(route.tokens)], device=device)[None]
+        return torch.tensor([shifts[i] for i in route.owner(self.batch)], device=device)[:, None]
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, root: bool, module: nn.Module) -> None:
+        """Note what a forward brings; a batch that does not fit the route is refused here."""
+        found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+        if found is not None:
+            self.batch = found.shape[0]
+            if not self.asleep:
+                self.current.check_rows(self.batch)
+        cache = kwargs.get("past_key_values")
+        self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
+        self.shifted = any(self[name].shift for name in self.current.names)
+        self.slots.active = None
+        if root:
+            freeze.replay_checkpoints(self)
+            quiet = self.asleep or torch.compiler.is_compiling() or kwargs.get("encoder_outputs") is not None
+            self.visited = set() if self.unchecked and not quiet else None
+
+    def end(self, module: nn.Module) -> None:
+        """After the first forward: every site of a new adapter must have run, or it is there in name only."""
+        visited, self.visited = self.visited, None
+        if visited is None or freeze.drops_layers(module):
+            return
+        for name in sorted(self.unchecked):
+            missed = [path for path in self[name].sites if path not in visited]
+            if missed:
+                raise RouteError(
+                    f"adapter {name!r}: {len(missed)} of its sites did not run in this forward, the first is "
+                    f"{missed[0]}; the model bypasses them, so the adapter cannot act there"
+                )
+        self.unchecked.clear()
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What a recomputed part of a forward has to find again."""
+        return self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Put a snapshot back."""
+        self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep = state
+
+    # Hooks at sites.
+
+    def hook(self, path: str, handle: RemovableHandle) -> None:
+        """Own a hook's handle, to remove it when the last adapter at this place goes."""
+        self.handles.setdefault(path, []).append(handle)
+
+    def place(self, model: nn.Module, adapter: Adapter) -> None:
+        """Install the hooks that an adapter's deltas need."""
+        for site, delta in adapter.items():
+            if isinstance(delta, AttentionDelta):
+                attend.seat(model, self, site, adapter.name, delta)
+            else:
+                self._place_site(model, site, adapter.name, delta)
+        if adapter.shift:
+            self._place_positions(model)
+
+    def _place_site(self, model: nn.Module, site: Site, name: str, delta: Delta) -> None:
+        hook = self.hooks.get(site.path)
+        if hook is None:
+            hook = self.hooks[site.path] = SiteHook(self, site.path)
+            self.hook(site.path, site.module.register_forward_hook(hook.after))
+        if type(delta).before is not Delta.before and f"{site.path}:before" not in self.handles:
+            self.hook(f"{site.path}:before", site.module.register_forward_pre_hook(hook.before))
+        hook.deltas[name] = delta
+        if delta.tap is not None and delta.tap not in hook.taps:
+            tap = hook.taps[delta.tap] = Tap(self)
+            source = model.get_submodule(delta.tap)
+            self.hook(site.path, source.register_forward_pre_hook(tap.before))
+        if isinstance(delta, InputDelta) and f"{site.path}:slots" not in self.handles:
+            slot_hook = SlotHook(self, site.path)
+            self.hook(f"{site.path}:slots", site.module.register_forward_hook(slot_hook.after))
+            self._place_poolers(model)
+
+    def _place_poolers(self, model: nn.Module) -> None:
+        hook = PoolHook(self)
+        for kind, module in pooled(model):
+            if kind == "input":
+                self.hook(":pool", module.register_forward_pre_hook(hook.before))
+            else:
+                self.hook(":pool", module.register_forward_hook(hook.after))
+
+    def _place_positions(self, model: nn.Module) -> None:
+        if ":position" in self.handles:
+            return
+        for site in roles.sites(model):
+            if site.role == "position":
+                hook = PositionHook(self, site.stack)
+                self.hook(":position", site.module.register_forward_pre_hook(hook.before, with_kwargs=True))
+                self.hook(":position", site.module.register_forward_hook(hook.after))
+
+    def remove(self, model: nn.Module, adapter: Adapter) -> None:
+        """Take an adapter's deltas away, and every hook that serves nobody any more."""
+        for site, delta in adapter.items():
+            if isinstance(delta, AttentionDelta):
+                attend.unseat(model, self, site, adapter.name)
+                continue
+            hook = self.hooks[site.path]
+            del hook.deltas[adapter.name]
+            if not hook.deltas:
+                del self.hooks[site.path]
+                self._unhook(site.path, f"{site.path}:before", f"{site.path}:slots")
+        if not any(other.shift for other in self if other is not adapter):
+            self._unhook(":position")
+        if not any(self.prompts(((other.name, 1.0),)) for other in self if other is not adapter):
+            self._unhook(":pool")
+        self._unhook(f":barrier:{adapter.name}")
+
+    def _unhook(self, *paths: str) -> None:
+        for path in paths:
+            for handle in self.handles.pop(path, []):
+                handle.remove()
+
+    def unhook_all(self) -> None:
+        """Remove whatever hook is left."""
+        self._unhook(*list(self.handles))
+
+    def watch(self, model: nn.Module) -> None:
+        """Install the hooks that every model with a bank has."""
+        watched: list[nn.Module] = [model]
+        base = getattr(model, "base_model", model)
+        if base is not model:
+            watched.append(base)
+        if roles.is_encoder_decoder(model):
+            watched.append(model.get_encoder())
+        for module in watched:
+            hook = RootHook(self, check=module is model)
+            self.hook(":root", module.register_forward_pre_hook(hook.before, with_kwargs=True))
+            if module is model:
+                self.hook(":root", module.register_forward_hook(hook.after))
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if isinstance(head, nn.Linear):
+            self.hook(":root", head.register_forward_pre_hook(ContiguousHook().before))
+
+    def bar(self, module: nn.Module, name: str) -> None:
+        """Detach what enters `module` for as long as the adapter is there."""
+        self.hook(f":barrier:{name}", module.register_forward_pre_hook(BarrierHook().before, with_kwargs=True))
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The model's bank.
+
+    Raises:
+        RouteError: the model has no adapters.
+    """
+    bank = getattr(model, "adapters", None)
+    if not isinstance(bank, Bank):
+        raise RouteError("the model has no adapters; call graft.attach or graft.load first")
+    return bank
+
+
+def known(bank: Bank, entry: Entry) -> Entry:
+    """The entry itself, if every adapter that it names is attached and may have the weight that it gives."""
+    for name, weight in entry:
+        if name not in bank:
+            raise RouteError(f"no adapter is named {name!r}; attached: {', '.join(bank.names) or 'none'}")
+        adapter = bank[name]
+        plain = weight * adapter.scale == 1.0
+        if not plain and (adapter.selected or any(_unweighted(delta) for delta in adapter.deltas.values())):
+            raise RouteError(f"adapter {name!r} ({adapter.method.name}) can only have weight 1, not {weight}")
+        if adapter.selected and len(entry) > 1:
+            raise RouteError(f"adapter {name!r} ({adapter.method.name}) trains the base itself; it acts alone")
+    return entry
+
+
+def _unweighted(delta: Delta) -> bool:
+    return isinstance(delta, AttentionDelta | InputDelta)
+
+
+def key_of(path: str) -> str:
+    """A path or name as a child's name: no dots, and never that of a method of nn.Module."""
+    return ":" + path.replace(".", "/")

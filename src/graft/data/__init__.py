@@ -1,0 +1,1 @@
+"""Data: sources to rows (`rows`), to tokens (`template`), to batches (`collate`), and a look at all of it (`report`)."""

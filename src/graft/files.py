@@ -1,0 +1,1 @@
+"""Adapter folders in and out."""

@@ -1,0 +1,100 @@
+"""Who trains: freezing the base, selection methods, and what a checkpoint or a save of the base must not see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from graft.errors import ConfigError
+from graft.hooks import Replayed
+from graft.method import Build, SelectMethod
+
+if TYPE_CHECKING:
+    from graft.bank import Adapter, Bank
+    from graft.routes import Entry
+
+
+def freeze(model: nn.Module, bank: Bank) -> None:
+    """Freeze every parameter of the base and remember which were trainable."""
+    bank.flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    bank.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    model.requires_grad_(False)
+
+
+def thaw(model: nn.Module, bank: Bank) -> None:
+    """Give the base's flags and functions back as they were before the first attach."""
+    for name, parameter in model.named_parameters():
+        if name in bank.flags:
+            parameter.requires_grad_(bank.flags[name])
+    for module in model.modules():
+        inner = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(inner, Replayed):
+            module._gradient_checkpointing_func = inner.inner  # type: ignore[assignment]
+
+
+def replay_checkpoints(bank: Bank) -> None:
+    """Make each checkpointing function remember its route; they may have been set at any time since the last forward."""
+    for module in bank.checkpointed:
+        inner = module.__dict__.get("_gradient_checkpointing_func")
+        if inner is None or isinstance(inner, Replayed) or not module.gradient_checkpointing:
+            continue
+        if getattr(inner, "keywords", {}).get("use_reentrant", False):
+            raise ConfigError(
+                "gradient checkpointing with use_reentrant=True loses the gradients of adapters in frozen models; "
+                'enable it with {"use_reentrant": False}'
+            )
+        module._gradient_checkpointing_func = Replayed(bank, inner)  # type: ignore[assignment]
+
+
+def ignore_on_save(model: nn.Module, bank: Bank) -> None:
+    """Keep the adapters' keys out of the base's own files, which are matched by exact name."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None)
+    kept = {key for key in ignored or () if not key.startswith("adapters.")}
+    new: Any = kept | {f"adapters.{key}" for key in bank.state_dict()}
+    if new or ignored is not None:
+        model._keys_to_ignore_on_save = new
+
+
+def drops_layers(model: nn.Module) -> bool:
+    """Whether a training forward may skip whole layers at random."""
+    config = getattr(model, "config", None)
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    return model.training and any(getattr(config, name, 0) for name in names)
+
+
+def claim(model: nn.Module, bank: Bank, adapter: Adapter, trainable: bool) -> None:
+    """Hand base parameters to a selection method: keep their originals, let them train, cut the graph below."""
+    adapter.other = {name: p.detach().clone() for name, p in adapter.selected.items()}
+    for parameter in adapter.selected.values():
+        parameter.requires_grad_(trainable)
+    method = adapter.method
+    assert isinstance(method, SelectMethod)
+    for path in method.barriers(Build(model, adapter.peft_compat)):
+        bank.bar(model.get_submodule(path), adapter.name)
+    adapter.acting = True
+
+
+def unclaim(model: nn.Module, adapter: Adapter) -> None:
+    """Give base parameters back, bit for bit."""
+    if adapter.acting:
+        swap(adapter)
+    for parameter in adapter.selected.values():
+        parameter.requires_grad_(False)
+
+
+def select(model: nn.Module, bank: Bank, entry: Entry) -> None:
+    """Let the base have the trained values of a selection method exactly when it is in use."""
+    names = {name for name, _ in entry}
+    for adapter in bank:
+        if adapter.selected and adapter.acting != (adapter.name in names):
+            swap(adapter)
+
+
+def swap(adapter: Adapter) -> None:
+    """Exchange the base's values and the other ones that are kept."""
+    for name, parameter in adapter.selected.items():
+        kept = parameter.detach().clone()
+        parameter.data.copy_(adapter.other[name])
+        adapter.other[name] = kept
+    adapter.acting = not adapter.acting

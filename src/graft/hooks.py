@@ -1,0 +1,321 @@
+"""The hooks that let deltas act. Objects, never closures: a deepcopied model keeps its own adapters.
+
+Shape legend: N leading size, B rows, T tokens, D width, P virtual tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graft import roles
+from graft.errors import RouteError
+from graft.method import Delta, InputDelta
+from graft.routes import Entry
+
+if TYPE_CHECKING:
+    from graft.bank import Bank
+
+Act = tuple[Delta, float]
+
+
+class Tap:
+    """Keeps the input of one module until the site that spans from it has used it."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+        self.value: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.bank.asleep:
+            self.value = args[0]
+
+
+class SiteHook:
+    """Runs the deltas of one site for the rows (or tokens) that the route gives to each."""
+
+    def __init__(self, bank: Bank, path: str) -> None:
+        self.bank = bank
+        self.path = path
+        self.deltas: dict[str, Delta] = {}
+        self.taps: dict[str, Tap] = {}
+
+    def acts(self, entry: Entry) -> list[Act]:
+        """The deltas of an entry at this site with their weights, in the order in which they act."""
+        found = [(self.deltas[name], weight * self.bank[name].scale) for name, weight in entry if name in self.deltas]
+        found = [(delta, weight) for delta, weight in found if not isinstance(delta, InputDelta)]
+        return found if len(found) < 2 else sorted(found, key=_order)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.bank.asleep:
+            return None
+        self.bank.visit(self.path)
+        x = self._map(self._run_before, (args[0],))
+        return None if x is None else (x, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.bank.asleep:
+            return None
+        self.bank.visit(self.path)
+        y = output[0] if isinstance(output, tuple) else output
+        new = self._spanning(args, y) if self.taps else self._map(self._run_after, (args[0], y))
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _spanning(self, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        """As `after`, where some deltas read the input of another module instead of this one's."""
+        inputs = [args[0] if path == "" else self.taps[path].value for path in ("", *self.taps)]
+        if any(value is None for value in inputs):
+            missing = [path for path in self.taps if self.taps[path].value is None]
+            raise RouteError(f"{self.path}: the module {missing[0]} that its adapter reads did not run before it")
+        new = self._map(self._run_after, (*inputs, y))
+        for tap in self.taps.values():
+            tap.value = None
+        return new
+
+    def _run_before(self, acts: list[Act], tensors: Sequence[Tensor]) -> Tensor:
+        (x,) = tensors
+        for delta, weight in acts:
+            new = delta.before(x)
+            x = new if weight == 1.0 or new is x else x + weight * (new - x)
+        return x
+
+    def _run_after(self, acts: list[Act], tensors: Sequence[Tensor]) -> Tensor:
+        y = tensors[-1]
+        inputs = dict(zip(("", *self.taps), tensors, strict=False))
+        for delta, weight in acts:
+            new = delta.after(inputs[delta.tap or ""], y)
+            y = new if weight == 1.0 else y + weight * (new - y)
+        return y
+
+    def _map(self, run: Callable[[list[Act], Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+        """Apply `run` to each group's slice of the tensors; the last tensor is the one that changes."""
+        route = self.bank.current
+        if route.uniform is not None:
+            acts = self.acts(route.uniform)
+            return run(acts, tensors) if acts else None
+        flat = [_flat(tensor) if route.by_token else tensor for tensor in tensors]
+        target = flat[-1]
+        parts = []
+        for group in route.groups(target.shape[0], target.device):
+            acts = self.acts(group.entry)
+            if acts:
+                parts.append((acts, group.index))
+        if not parts:
+            return None
+        if run == self._run_after and (stacked := _stacked(parts, flat)) is not None:
+            return stacked.view_as(tensors[-1])
+        news = [run(acts, [tensor.index_select(0, index) for tensor in flat]) for acts, index in parts]
+        index = torch.cat([index for _, index in parts])
+        return target.index_copy(0, index, torch.cat(news).to(target.dtype)).view_as(tensors[-1])
+
+
+class SlotHook:
+    """Overwrites the slots of soft prompts in the embedding's output with the rows' own prompts."""
+
+    def __init__(self, bank: Bank, path: str) -> None:
+        self.bank = bank
+        self.path = path
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        bank = self.bank
+        if bank.asleep or not bank.prompted or bank.continues:
+            return None
+        bank.visit(self.path)
+        ids_BT = args[0]
+        slots_BT = bank.slots.find(ids_BT, bank.current)
+        if slots_BT is None:
+            raise RouteError(
+                "a row has a soft prompt but the batch has no slots for it; "
+                "call graft.prepare(model, batch) first and pass what it returns"
+            )
+        if bank.current.uniform is not None:
+            return self.fill(bank.current.uniform, slots_BT, output)
+        flat = bank.current.by_token
+        emb = output.flatten(0, 1) if flat else output
+        slots = slots_BT.flatten() if flat else slots_BT
+        news, indices = [], []
+        for group in bank.current.groups(emb.shape[0], emb.device):
+            part, mask = emb.index_select(0, group.index), slots.index_select(0, group.index)
+            news.append(self.fill(group.entry, mask, part))
+            indices.append(group.index)
+        return emb.index_copy(0, torch.cat(indices), torch.cat(news)).view_as(output)
+
+    def fill(self, entry: Entry, slots: Tensor, emb: Tensor) -> Tensor:
+        """Put the prompts of one entry where the mask says; each row (or run of tokens) starts at the first slot."""
+        prompts = [delta.rows_PD() for delta in self.bank.prompts(entry)]
+        if not prompts:
+            return emb
+        rows_PD = torch.cat(prompts).to(emb.dtype)
+        if not torch.compiler.is_compiling() and not slots.is_meta:
+            full = slots.sum(-1) == rows_PD.shape[0]
+            if not (bool(full.all()) if slots.dim() == 2 else int(slots.sum()) % rows_PD.shape[0] == 0):
+                raise RouteError("the batch was prepared for other rows than the route has; prepare it under that route")
+        which = (slots.long().cumsum(-1) - 1).clamp(min=0) % rows_PD.shape[0]
+        return torch.where(slots.unsqueeze(-1), rows_PD[which], emb)
+
+
+class PoolHook:
+    """Lets a pooler that reads index 0 read the first real token behind the slots."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        moved = self.rolled(args[0])
+        return None if moved is None else (moved, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        moved = self.rolled(output[0])
+        if moved is None:
+            return None
+        if isinstance(output, tuple):
+            return (moved, *output[1:])
+        output.last_hidden_state = moved
+        return output
+
+    def rolled(self, hidden_BTD: Tensor) -> Tensor | None:
+        """Each row moved left by its leading slots, or None if no row needs it."""
+        bank = self.bank
+        if bank.asleep or not bank.prompted or bank.slots.active is None or hidden_BTD.dim() != 3:
+            return None
+        slots_BT = bank.slots.active
+        lead_B = (~slots_BT).long().argmax(-1) * slots_BT[:, 0].long()
+        keep = torch.tensor([bank.pools(entry) for entry in bank.row_entries(slots_BT.shape[0])], device=lead_B.device)
+        offset = (lead_B * keep)[:, None] + torch.arange(hidden_BTD.shape[1], device=lead_B.device)
+        index = (offset % hidden_BTD.shape[1])[..., None].expand_as(hidden_BTD)
+        return hidden_BTD.gather(1, index)
+
+
+class PositionHook:
+    """Moves the positions of real tokens up by the prefix rows in front of them (peft does the same)."""
+
+    def __init__(self, bank: Bank, stack: str) -> None:
+        self.bank = bank
+        self.stack = stack
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        offset = self.bank.offset(self.stack)
+        if offset is None:
+            return None
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "past_key_values_length" in names:
+            return (), self._learned(given, offset, names)
+        key = "position_ids" if "position_ids" in names else names[0]
+        given[key] = given[key] + offset
+        return (), given
+
+    def _learned(self, given: dict[str, Any], offset: Any, names: list[str]) -> dict[str, Any]:
+        past = given.get("past_key_values_length", 0)
+        ids = given.get("position_ids")
+        if names[0] == "attention_mask":
+            if ids is None:
+                mask = given["attention_mask"]
+                ids = (mask.cumsum(1) * mask - 1).long()[:, past:]
+            given["position_ids"] = ids + offset
+        elif ids is not None:
+            given["position_ids"] = ids + offset
+        elif isinstance(offset, int):
+            given["past_key_values_length"] = past + offset
+        else:
+            size = given[names[0]].shape[1]
+            given["position_ids"] = torch.arange(size, device=offset.device) + past + offset
+        return given
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """BART-like modules add a dimension in front of position ids that they are given: take it away again."""
+        return output.squeeze(0) if isinstance(output, Tensor) and output.dim() == 4 else None
+
+
+class ContiguousHook:
+    """Hands a frozen head a contiguous input: F.linear on a slice copies the weight for every row on CPU."""
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0]
+        return None if x.is_contiguous() else (x.contiguous(), *args[1:])
+
+
+class BarrierHook:
+    """Detaches what enters the first trained layer, so that no graph is kept below it."""
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        cut = {key: _detached(value) if key == "hidden_states" else value for key, value in kwargs.items()}
+        return (_detached(args[0]), *args[1:]) if args else args, cut
+
+
+class RootHook:
+    """Notes what a forward of the model brings: rows, cached length, and which sites ran."""
+
+    def __init__(self, bank: Bank, check: bool) -> None:
+        self.bank = bank
+        self.check = check
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.bank.begin(args, kwargs, root=self.check, module=module)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.bank.end(module)
+
+
+class Replayed:
+    """A checkpointing function whose recompute, later and perhaps under another route, runs under its own route."""
+
+    def __init__(self, bank: Bank, inner: Callable[..., Any]) -> None:
+        self.bank = bank
+        self.inner = inner
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.inner(_Under(self.bank, self.bank.snapshot(), function), *args, **kwargs)
+
+
+class _Under:
+    def __init__(self, bank: Bank, state: Any, function: Callable[..., Any]) -> None:
+        self.bank, self.state, self.function = bank, state, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = self.bank.snapshot()
+        self.bank.restore(self.state)
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.bank.restore(now)
+
+
+def pooled(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules whose "input" a pooler reads at index 0, or whose "output" a sequence classifier so reads."""
+    if roles.is_decoder(model) or roles.is_encoder_decoder(model):
+        return []
+    poolers = [("input", site.module) for site in roles.sites(model) if site.role == "pooler"]
+    if poolers or not type(model).__name__.endswith("ForSequenceClassification"):
+        return poolers
+    return [("output", model.base_model)]  # type: ignore[list-item]
+
+
+def _order(act: Act) -> int:
+    return act[0].order
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.is_floating_point() else tensor.reshape(-1)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _stacked(parts: list[tuple[list[Act], Tensor]], tensors: Sequence[Tensor]) -> Tensor | None:
+    """All groups in one go, if their deltas are of one kind that knows how."""
+    if len(tensors) != 2 or any(len(acts) != 1 for acts, _ in parts):
+        return None
+    kinds = {type(acts[0][0]) for acts, _ in parts}
+    if len(kinds) != 1:
+        return None
+    return kinds.pop().stack([(acts[0][0], acts[0][1], index) for acts, index in parts], *tensors)

@@ -1,0 +1,292 @@
+"""What a method is: a recipe that puts deltas at sites, and the registry that finds it by name.
+
+Shape legend: B rows, T tokens, I in-features, O out-features, P virtual tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft import roles
+from graft.errors import ConfigError, SiteError
+from graft.roles import Site
+
+REPLACE, ADD, SCALE, SERIAL = 0, 1, 2, 3
+"""The order in which deltas act on one output: a copy of the module first, then sums, scales, serial modules."""
+
+REGISTRY: dict[str, type[Method]] = {}
+
+
+class Delta(nn.Module):
+    """One adapter's change at one site.
+
+    `before` may change the site's input, `after` its output; both see only the rows (or tokens) that the route gives
+    to this adapter. Parameters are fp32 and are cast down to the activations' dtype at use.
+    """
+
+    order: ClassVar[int] = ADD
+    tap: str | None = None
+    """Path of a module whose *input* is handed to `after` as x, for a delta that spans a sub-layer."""
+    shared: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "shared", None)
+
+    def bind(self, shared: nn.Module | None) -> None:
+        """Remember what all sites of this adapter share, without owning it a second time."""
+        object.__setattr__(self, "shared", shared)
+
+    def before(self, x_BTI: Tensor) -> Tensor:
+        """Change the site's input; the default leaves it."""
+        return x_BTI
+
+    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        """Change the site's output; the default leaves it."""
+        return y_BTO
+
+    def weight_delta(self) -> Tensor | None:
+        """The (O, I) change of the weight in fp32, or None if the change is not one of the weight."""
+        return None
+
+    def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The weight and bias (fp32) with this delta merged in, or None if it cannot be merged."""
+        delta_OI = self.weight_delta()
+        return None if delta_OI is None else (weight_OI + delta_OI, bias_O)
+
+    def penalty(self) -> Tensor | None:
+        """A term to add to the loss, if the method has one."""
+        return None
+
+    @classmethod
+    def stack(cls, parts: list[tuple[Any, float, Tensor]], x_NTI: Tensor, y_NTO: Tensor) -> Tensor | None:
+        """All groups of a mixed batch in one go: parts are (delta, weight, row index). None: loop over the groups."""
+        return None
+
+    @property
+    def saved_numel(self) -> int:
+        """How many values of this delta a saved folder holds."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class InputDelta(Delta):
+    """Rows of embeddings that overwrite the slot tokens at the embedding site."""
+
+    def rows_PD(self) -> Tensor:
+        """The (P, D) embeddings of the slots, in slot order."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def length(self) -> int:
+        """How many slots a row needs."""
+        raise NotImplementedError(type(self).__name__)
+
+    pools_after_slots: bool = True
+    """Whether a pooler that reads index 0 shall read the first real token instead (peft reads the slot)."""
+
+
+class AttentionDelta(Delta):
+    """A change inside the attention function: see `graft.attend`."""
+
+    shift: int = 0
+    """How many positions the real tokens of the row move up (prefix rows take the first ones)."""
+
+    def attend(self, call: Any, base: Any) -> tuple[Tensor, Tensor | None]:
+        """Compute attention for the rows of this adapter.
+
+        Args:
+            call: a `graft.attend.AttentionCall`.
+            base: function of one call that runs the next adapter of the row, or the model's own attention.
+        """
+        return base(call)
+
+
+class CopyDelta(Delta):
+    """A trained copy of a whole module (a task head, a norm) that answers in its place; the original stays frozen."""
+
+    order = REPLACE
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.copy = clean_copy(module).float().requires_grad_(True)
+
+    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        weight = next(self.copy.parameters())
+        x = x_BTI.to(weight.dtype) if x_BTI.is_floating_point() else x_BTI
+        return self.copy(x).to(y_BTO.dtype)
+
+
+def clean_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of `module` without forward hooks: they would drag the whole bank along and act twice."""
+    kept = []
+    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    for child in module.modules():
+        kept.append((child, {name: getattr(child, name) for name in names}))
+        for name in names:
+            setattr(child, name, type(getattr(child, name))())
+    try:
+        return copy.deepcopy(module)
+    finally:
+        for child, hooks in kept:
+            for name, value in hooks.items():
+                setattr(child, name, value)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a method may look at while it is attached: the model, and whether peft's form is wanted."""
+
+    model: nn.Module
+    peft_compat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods: a frozen, keyword-only dataclass whose fields are the hyper-parameters.
+
+    Args:
+        layers: None for all; an int n for the top n layers; a range, list or tuple for those layers.
+        head: whether a task head (`score`, `classifier`, `qa_outputs`) trains along.
+        modules_to_save: names of further modules that are trained whole, as copies.
+    """
+
+    layers: int | range | tuple[int, ...] | None = None
+    head: bool = True
+    modules_to_save: tuple[str, ...] = ()
+
+    name: ClassVar[str] = ""
+    place: ClassVar[str] = "linear"
+    merges: ClassVar[bool] = False
+    starts_equal: ClassVar[bool] = True
+    peft_type: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("name"):
+            REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, field.name, tuple(value))
+
+    def sites(self, build: Build) -> list[Site]:
+        """The sites where this method puts a delta; by default those that `targets` names."""
+        targets = getattr(self, "targets", ())
+        if not targets:
+            raise ConfigError(f"{type(self).__name__}: targets is empty; name roles or modules")
+        chosen = roles.select(build.model, targets, exclude=getattr(self, "exclude", ()), layers=self.layers)
+        kept = [site for site in chosen if not _inside(site.path, self.modules_to_save)]
+        if not kept:
+            raise SiteError(f"{type(self).__name__}: every target is excluded or stands in modules_to_save")
+        return kept
+
+    def shared(self, sites: list[Site], build: Build) -> nn.Module | None:
+        """A module that all sites of the adapter share, or None."""
+        return None
+
+    def delta(self, site: Site, build: Build) -> Delta | None:
+        """The delta for one site, with its parameters initialised; None leaves the site alone."""
+        raise NotImplementedError(type(self).__name__)
+
+    def extras(self, build: Build) -> list[tuple[Site, Delta]]:
+        """Further deltas that go with the method, for example trained copies of norms."""
+        return []
+
+    def finish(self, shared: nn.Module | None) -> None:
+        """Drop what only training needs (a prefix's MLP); called when an adapter stops training for good."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: `method` and every field that is not at its default."""
+        out: dict[str, Any] = {"method": self.name}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != _default(field) and field.metadata.get("json", True):
+                out[field.name] = _plain(value)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectMethod(Method):
+    """A method that trains parameters of the base itself: it cannot be routed beside others."""
+
+    place: ClassVar[str] = "select"
+
+    def chosen(self, build: Build) -> list[str]:
+        """Names of the base parameters that train."""
+        raise NotImplementedError(type(self).__name__)
+
+    def barriers(self, build: Build) -> list[str]:
+        """Paths of the modules whose inputs are detached, so that no graph is kept below them."""
+        return []
+
+
+def from_dict(data: dict[str, Any]) -> Method:
+    """A method from its JSON form.
+
+    Raises:
+        ConfigError: an unknown method or field, with the nearest known name.
+    """
+    data = dict(data)
+    name = data.pop("method", None)
+    import graft.methods  # noqa: F401  fills the registry
+
+    cls = REGISTRY.get(str(name).replace("-", "_").lower()) or _by_class_name(str(name))
+    if cls is None:
+        raise ConfigError(f"method: unknown method {name!r}; {nearest(str(name), REGISTRY)}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"method.{key}: {cls.__name__} has no such setting; {nearest(key, known)}")
+    try:
+        return cls(**{key: _parsed(value) for key, value in data.items()})
+    except TypeError as error:
+        raise ConfigError(f"method: {cls.__name__}: {error}") from error
+
+
+def nearest(word: str, known: Any) -> str:
+    """'did you mean X?' or the list of what there is, for an error message."""
+    names = sorted(str(item) for item in known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def parameter(*shape: int, like: Tensor) -> nn.Parameter:
+    """A new fp32 parameter of zeros on the device of `like`."""
+    return nn.Parameter(torch.zeros(*shape, device=like.device, dtype=torch.float32))
+
+
+def _by_class_name(name: str) -> type[Method] | None:
+    return next((cls for cls in REGISTRY.values() if cls.__name__.lower() == name.lower()), None)
+
+
+def _inside(path: str, names: tuple[str, ...]) -> bool:
+    dotted = f".{path}."
+    return any(f".{name}." in dotted for name in names)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"range"}:
+        return range(*value["range"])
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,179 @@
+"""Prefix tuning: P trained keys and values in every attention layer (Li and Liang 2021, arXiv 2101.00190).
+
+    attention = softmax(q [PK; K]^T / sqrt(d) + mask) [PV; V]
+
+The rows are used as stored (no rotation), every query sees them, and the real tokens stand at positions P, P+1, ... .
+With `hidden`, rows come from an embedding through Linear(D, hidden), tanh, Linear(hidden, 2 L K d) while training; only
+the result is kept. The table has peft's layout: (P, 2L, K, d) with slot 2l the keys of layer l and 2l+1 its values.
+In encoder-decoders peft hands decoder layer l the slots (4l mod 2L, 4l+1 mod 2L); `peft_compat=True` does so too.
+
+Shape legend: P virtual tokens, L layers, K key/value heads, D width, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graft import attend, roles
+from graft.errors import ConfigError, SiteError
+from graft.method import AttentionDelta, Build, Delta, Method
+from graft.roles import Site
+
+PLACES = ("encoder", "decoder", "cross")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """Trained keys and values in front of each layer's own (Li and Liang 2021, arXiv 2101.00190); table (P, 2 L K d).
+
+    Args:
+        length: P; the count is P * 2 * K * d for each layer.
+        hidden: width of the MLP that makes the rows while training; None trains them directly.
+        where: which attentions of an encoder-decoder: any of "encoder", "decoder", "cross"; None is the decoder's
+            self-attention there, and the only self-attention elsewhere.
+
+    Raises:
+        ConfigError: a value out of range.
+        SiteError: the model's attention does not take prefix rows.
+    """
+
+    length: int = 20
+    hidden: int | None = None
+    where: tuple[str, ...] | str | None = None
+
+    name: ClassVar[str] = "prefix_tuning"
+    place: ClassVar[str] = "attention"
+    starts_equal: ClassVar[bool] = False
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    paper: ClassVar[str] = "Li and Liang 2021, arXiv 2101.00190"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 1 or (self.hidden is not None and self.hidden < 1):
+            raise ConfigError(f"PrefixTuning: length and hidden must be at least 1, not {self.length}, {self.hidden}")
+        unknown = sorted(set(self.places or ()) - set(PLACES))
+        if unknown:
+            raise ConfigError(f"PrefixTuning: where names {unknown[0]!r}; known: {', '.join(PLACES)}")
+
+    @property
+    def places(self) -> tuple[str, ...] | None:
+        return (self.where,) if isinstance(self.where, str) else self.where
+
+    def sites(self, build: Build) -> list[Site]:
+        model = build.model
+        both = roles.is_encoder_decoder(model)
+        if self.places is not None and not both:
+            raise SiteError(f"PrefixTuning: where is for encoder-decoders; {type(model).__name__} has one self-attention")
+        wanted = self.places or ("decoder",)
+        found = roles.select(model, ("attention",), layers=self.layers)
+        if both:
+            found = [s for s in found if ("cross" if s.role == "cross_attention" else s.stack) in wanted]
+        else:
+            found = [s for s in found if s.role == "attention"]
+        for site in found:
+            attend.check(model, site)
+        return found
+
+    def shared(self, sites: list[Site], build: Build) -> nn.Module:
+        widths = [2 * heads * size for heads, size in (heads_of(site, build) for site in sites)]
+        slots = list(range(len(sites)))
+        if build.peft_compat and roles.is_encoder_decoder(build.model):
+            slots = [2 * i % len(sites) for i in slots]
+        width = next(site.out_features for site in roles.sites(build.model) if site.role == "embedding")
+        return PrefixTable(self.length, widths, slots, [s.path for s in sites], self.hidden, width, _like(sites[0]))
+
+    def delta(self, site: Site, build: Build) -> Delta:
+        return PrefixDelta(site, *heads_of(site, build), shift=0 if site.role == "cross_attention" else self.length)
+
+    def finish(self, shared: nn.Module | None) -> None:
+        assert isinstance(shared, PrefixTable)
+        shared.drop()
+
+
+class PrefixTable(nn.Module):
+    """What all layers share: the (P, sum of 2 K d) table, or the embedding and MLP that make it while training."""
+
+    def __init__(
+        self, length: int, widths: list[int], slots: list[int], paths: list[str], hidden: int | None, width: int, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.length = length
+        self.widths = widths
+        self.slot = dict(zip(paths, slots, strict=True))
+        options: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
+        self.table: nn.Parameter | None = None
+        self.embedding: nn.Embedding | None = None
+        if hidden is None:
+            self.table = nn.Parameter(torch.randn(length, sum(widths), **options))
+        else:
+            self.embedding = nn.Embedding(length, width, **options)
+            self.inner = nn.Linear(width, hidden, **options)
+            self.outer = nn.Linear(hidden, sum(widths), **options)
+
+    @property
+    def saved_numel(self) -> int:
+        return self.length * sum(self.widths)
+
+    def rows(self, path: str) -> Tensor:
+        """The (P, 2 K d) rows of the layer at `path`."""
+        slot = self.slot[path]
+        start, width = sum(self.widths[:slot]), self.widths[slot]
+        if self.table is not None:
+            return self.table[:, start : start + width]
+        assert self.embedding is not None
+        low = torch.tanh(self.inner(self.embedding.weight))
+        return F.linear(low, self.outer.weight[start : start + width], self.outer.bias[start : start + width])
+
+    def expanded(self) -> Tensor:
+        """The whole (P, sum of 2 K d) table, whatever makes it."""
+        if self.table is not None:
+            return self.table
+        assert self.embedding is not None
+        return self.outer(torch.tanh(self.inner(self.embedding.weight)))
+
+    def drop(self) -> None:
+        """Keep the result and forget the MLP."""
+        if self.embedding is None:
+            return
+        trains = self.embedding.weight.requires_grad
+        self.table = nn.Parameter(self.expanded().detach().clone(), requires_grad=trains)
+        self.embedding = None
+        del self.inner, self.outer
+
+
+class PrefixDelta(AttentionDelta):
+    """The prefix of one attention layer; its rows live in the shared table."""
+
+    def __init__(self, site: Site, heads: int, size: int, *, shift: int) -> None:
+        super().__init__()
+        self.path = site.path
+        self.heads = heads
+        self.size = size
+        self.shift = shift
+
+    def attend(self, call: Any, base: Any) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(self.shared, PrefixTable)
+        rows = self.shared.rows(self.path).unflatten(-1, (2, self.heads, self.size))
+        return base(attend.prepend(call, rows[:, 0], rows[:, 1]))
+
+
+def heads_of(site: Site, build: Build) -> tuple[int, int]:
+    """Key/value heads and head size of an attention module, from its weights."""
+    module = site.module
+    size = next((getattr(module, n) for n in ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim") if hasattr(module, n)), 0)
+    inside = [s for s in roles.sites(build.model) if s.path.startswith(f"{site.path}.")]
+    for inner in inside:
+        if inner.role.endswith("attention.key"):
+            return inner.out_features // size, size
+        if inner.role.endswith("attention.qkv"):
+            return len(roles.part_rows(inner, "key", build.model.config)) // size, size
+    raise SiteError(f"{site.path}: cannot tell its key/value heads; PrefixTuning cannot act there")
+
+
+def _like(site: Site) -> Tensor:
+    return next(site.module.parameters())

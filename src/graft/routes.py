@@ -1,0 +1,156 @@
+"""A route says, for each row of a batch or each token of a packed batch, whose deltas act.
+
+*The adapter is a column of the batch*: an entry is `None` (the base), a name, a tuple of names, or a dict of name to
+weight. A route over rows is the special case; packed batches route runs of flattened tokens.
+
+Shape legend: N leading size of a tensor (rows, or rows times tokens where a model flattens), T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.errors import RouteError
+
+Entry = tuple[tuple[str, float], ...]
+"""Names with weights, in order; the empty entry is the base."""
+
+BASE: Entry = ()
+
+
+def entry_of(value: Any) -> Entry:
+    """The normal form of what a user writes for one row.
+
+    Raises:
+        RouteError: not None, a name, names or a dict of name to weight; or a name twice.
+    """
+    if value is None:
+        return BASE
+    if isinstance(value, str):
+        return ((value, 1.0),)
+    if isinstance(value, Mapping):
+        pairs = [(name, weight) for name, weight in value.items()]
+    elif isinstance(value, Iterable):
+        pairs = [(name, 1.0) for name in value]
+    else:
+        raise RouteError(f"an entry is None, a name, names or a dict of name to weight, not {value!r}")
+    for name, weight in pairs:
+        if not isinstance(name, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise RouteError(f"an entry is None, a name, names or a dict of name to weight, not {value!r}")
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise RouteError(f"the entry {value!r} names an adapter twice; give it a weight instead")
+    return tuple((name, float(weight)) for name, weight in pairs)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows (or flattened tokens) that share one entry."""
+
+    entry: Entry
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which entry each row, or each run of tokens, has.
+
+    Args:
+        entries: one per row; or one per run when `lengths` is given.
+        lengths: tokens in each run of a packed batch, or None.
+    """
+
+    entries: tuple[Entry, ...]
+    lengths: tuple[int, ...] | None = None
+    uniform: Entry | None = field(init=False, compare=False, repr=False)
+    """The one entry that all rows have, or None if they differ."""
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        first = self.entries[0]
+        same = all(entry == first for entry in self.entries)
+        object.__setattr__(self, "uniform", first if same else None)
+
+    @classmethod
+    def everywhere(cls, entry: Entry) -> Route:
+        """The route that gives every row the same entry, whatever the batch."""
+        return cls((entry,))
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Any]) -> Route:
+        """One entry per row, as a user writes them."""
+        if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
+            raise RouteError(f"rows is a list with one entry per row, not {rows!r}")
+        if not rows:
+            raise RouteError("rows is empty; give one entry per row of the batch")
+        return cls(tuple(entry_of(row) for row in rows))
+
+    @classmethod
+    def of_segments(cls, segments: Sequence[tuple[Any, int]]) -> Route:
+        """One (entry, length) for each run of flattened tokens."""
+        if not segments:
+            raise RouteError("segments is empty; give one (entry, length) per run of tokens")
+        lengths = tuple(int(length) for _, length in segments)
+        if min(lengths) < 1:
+            raise RouteError(f"segment lengths must be at least 1, not {min(lengths)}")
+        return cls(tuple(entry_of(entry) for entry, _ in segments), lengths)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every adapter that acts somewhere, in order of appearance."""
+        return tuple(dict.fromkeys(name for entry in self.entries for name, _ in entry))
+
+    @property
+    def by_token(self) -> bool:
+        """Whether flattened tokens, not rows, are routed."""
+        return self.lengths is not None
+
+    @property
+    def tokens(self) -> int:
+        """The number of flattened tokens of a packed batch."""
+        return sum(self.lengths or ())
+
+    def check_rows(self, batch: int) -> None:
+        """Raise RouteError unless the batch is a whole multiple of the rows.
+
+        A uniform list must fit too: three entries for a batch of four are a mistake, whatever they say.
+        """
+        if self.lengths is None and len(self.entries) > 1 and (batch < len(self.entries) or batch % len(self.entries)):
+            raise RouteError(f"the route has {len(self.entries)} rows and the batch {batch}; give one entry per row")
+
+    def groups(self, size: int, device: torch.device) -> list[Group]:
+        """Index tensors of each distinct entry over a leading dimension of `size`.
+
+        A list that divides `size` repeats each entry consecutively: that serves beams, and models that flatten rows
+        and tokens into one dimension.
+
+        Raises:
+            RouteError: the sizes do not fit.
+        """
+        key = (size, device)
+        if key not in self._cache:
+            self._cache[key] = self._groups(size, device)
+        return self._cache[key]
+
+    def _groups(self, size: int, device: torch.device) -> list[Group]:
+        owner = self.owner(size)
+        distinct = list(dict.fromkeys(self.entries))
+        number = {entry: i for i, entry in enumerate(distinct)}
+        codes = torch.tensor([number[self.entries[i]] for i in owner])
+        return [Group(entry, (codes == i).nonzero().flatten().to(device)) for entry, i in number.items()]
+
+    def owner(self, size: int) -> list[int]:
+        """For each of `size` leading places, the number of its entry."""
+        if self.lengths is not None:
+            if size != self.tokens:
+                raise RouteError(f"the segments have {self.tokens} tokens and the packed batch {size}")
+            return [i for i, length in enumerate(self.lengths) for _ in range(length)]
+        rows = len(self.entries)
+        if size < rows or size % rows:
+            raise RouteError(f"the route has {rows} rows and the batch {size}; give one entry per row")
+        return [i for i in range(rows) for _ in range(size // rows)]
