@@ -8,8 +8,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from role_tables import COUNTS, LAYERS, OUTSIDE
-from tiny import MODELS, batch, tiny
 from torch import Tensor, nn
 
 from graft.errors import SiteError
@@ -26,6 +24,8 @@ from graft.roles import (
     task_heads,
     uses_attention_interface,
 )
+from role_tables import COUNTS, FUSED, LAYERS, MORE, OUTSIDE, SMALL
+from tiny import MODELS, batch, tiny
 
 QUERY_VALUE = ("attention.query", "attention.value")
 
@@ -87,9 +87,10 @@ def test_the_bank_is_skipped() -> None:
 def test_every_site_is_visited_by_a_forward() -> None:
     """A named site that never runs could not be acted upon: T5's `shared` is such a module and has no role."""
     for name in MODELS:
-        model, seen = tiny(name), set()
+        model = tiny(name)
+        seen: set[str] = set()
         for site in sites(model):
-            site.module.register_forward_hook(lambda *_, path=site.path: seen.add(path))
+            site.module.register_forward_hook(lambda *_, seen=seen, path=site.path: seen.add(path))
         with torch.no_grad():
             model(**batch(name))
         assert set(paths(sites(model))) == seen, name
@@ -133,8 +134,11 @@ def test_task_heads() -> None:
 def test_which_attentions_go_through_the_interface() -> None:
     for name in MODELS:
         model = tiny(name)
-        used = {uses_attention_interface(site.module) for site in sites(model) if site.role.endswith("attention")
-                and not site.role.startswith("norm")}  # fmt: skip
+        used = {
+            uses_attention_interface(site.module)
+            for site in sites(model)
+            if site.role.endswith("attention") and not site.role.startswith("norm")
+        }
         assert used == {name not in ("bloom", "falcon", "falcon_new")}, name
 
 
@@ -176,9 +180,13 @@ def test_exclude() -> None:
     assert {site.role for site in select(model, "all-linear", exclude=["attention"])} > {"ffn.up"}
     left = select(model, "all-linear", exclude=["ffn.gate", "q_proj"])
     assert {site.role for site in left} == {
-        "attention.key", "attention.value", "attention.output", "ffn.up", "ffn.down"
-    }  # fmt: skip
-    with pytest.raises(SiteError, match="exclude: no site 'ffn.dwon'.*did you mean 'ffn.down'"):
+        "attention.key",
+        "attention.value",
+        "attention.output",
+        "ffn.up",
+        "ffn.down",
+    }
+    with pytest.raises(SiteError, match=r"exclude: no site 'ffn.dwon'.*did you mean 'ffn.down'"):
         select(model, "all-linear", exclude=["ffn.dwon"])
     with pytest.raises(SiteError, match="leave no site"):
         select(model, ["q_proj"], exclude=["attention.query"])
@@ -192,7 +200,7 @@ def test_layers() -> None:
     for layers in ([0], (0,), range(1)):
         assert {site.layer for site in select(model, QUERY_VALUE, layers=layers)} == {0}
     assert "lm_head" not in paths(select(model, [*QUERY_VALUE, "lm_head"], layers=2))
-    with pytest.raises(SiteError, match="no layer 2 .*it has 0 to 1"):
+    with pytest.raises(SiteError, match=r"no layer 2 .*it has 0 to 1"):
         select(model, QUERY_VALUE, layers=[0, 2])
     with pytest.raises(SiteError, match="asks for no layer"):
         select(model, QUERY_VALUE, layers=0)
@@ -219,18 +227,21 @@ def test_an_entry_that_names_nothing(name: str, targets: Any, text: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore")  # peft's own
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "mt5", "bart", "distilbert", "roberta", "gpt2_cls"])
 @pytest.mark.parametrize("kind", ["all-linear", "names", "regex"])
 def test_the_selection_is_pefts(name: str, kind: str) -> None:
     model = tiny(name)
     leaf = select(model, QUERY_VALUE)[0].path.rpartition(".")[2]
     targets = {"all-linear": "all-linear", "names": [leaf, "dense"], "regex": rf".*\.1\..*{leaf}"}[kind]
+    if (name, kind) == ("distilbert", "all-linear"):
+        pytest.skip("peft 0.21.2 puts LoRA on pre_classifier and then cannot keep it whole: it raises")
     if kind == "names" and not any(path.endswith("dense") for path, _ in model.named_modules()):
         targets = [leaf]
     task = "SEQ_CLS" if task_heads(model) else None
     ours = set(paths(select(model, targets)))
     theirs = get_peft_model(model, LoraConfig(target_modules=targets, task_type=task)).targeted_module_names
-    assert ours - {"classifier.dense"} == set(theirs) - {"classifier.dense"}
+    assert ours == set(theirs)
     if kind == "all-linear":
         assert ("bert.pooler.dense" in ours) == (name == "bert")
 
@@ -245,8 +256,14 @@ def test_parts_asked() -> None:
     assert parts_asked(qkv, QUERY_VALUE) == ("query", "value")
     assert parts_asked(qkv, ["attention.value", "attention.output", "self_attention.query"]) == ("query", "value")
     assert parts_asked(qkv, "attention.key") == ("key",)
-    for whole in (["c_attn"], ["attention.qkv"], "all-linear", [*QUERY_VALUE, "attention.key"],
-                  ["attention.query", "attn.c_attn"], r".*c_attn"):  # fmt: skip
+    for whole in (
+        ["c_attn"],
+        ["attention.qkv"],
+        "all-linear",
+        [*QUERY_VALUE, "attention.key"],
+        ["attention.query", "attn.c_attn"],
+        r".*c_attn",
+    ):
         assert parts_asked(qkv, whole) == ()
     fused = select(tiny("phi3"), ["ffn.up"])[0]
     assert (fused.role, parts_asked(fused, ["ffn.up"])) == ("ffn.gate_up", ("up",))
@@ -259,40 +276,6 @@ def test_a_part_of_a_fused_linear_cannot_be_excluded() -> None:
     with pytest.raises(SiteError, match="exclude names key inside the fused"):
         select(model, ["attention.qkv"], exclude=["attention.key"])
     assert len(select(model, QUERY_VALUE, exclude=["attention.key"])) == 2
-
-
-FUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "phi3": ("phi3", {}),
-    "phi3_plain": ("phi3", {"num_key_value_heads": 4}),
-    "gpt2": ("gpt2", {}),
-    "gpt_neox": ("gpt_neox", {}),
-    "bloom": ("bloom", {}),
-    "falcon": ("falcon", {}),
-    "falcon_many": ("falcon", {"multi_query": False}),
-    "falcon_new": ("falcon_new", {}),
-}
-SMALL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mpt": ("MptForCausalLM", "MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 32}),
-    "bigcode": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", {"n_embd": 32, "n_head": 4, "n_layer": 1}),
-    "bigcode_many": (
-        "GPTBigCodeForCausalLM",
-        "GPTBigCodeConfig",
-        {"n_embd": 32, "n_head": 4, "n_layer": 1, "multi_query": False},
-    ),
-    "persimmon": (
-        "PersimmonForCausalLM",
-        "PersimmonConfig",
-        {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48,
-         "qk_layernorm": False},
-    ),  # fmt: skip
-    "modernbert": (
-        "ModernBertModel",
-        "ModernBertConfig",
-        {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48,
-         "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1},
-    ),  # fmt: skip
-}
 
 
 def fused_model(name: str) -> nn.Module:
@@ -316,9 +299,10 @@ def contexts(model: nn.Module, site: Site, rows: Tensor, scale_T: Tensor) -> Ten
         y_BTO[..., rows] *= scale_T[:, None]
         return y_BTO
 
-    # Weights of this size differ too little for the scores to matter; larger ones make the softmax sharp.
-    hooks = [site.module.register_forward_hook(change),
-             output.module.register_forward_pre_hook(lambda module, args: kept.append(args[0]))]  # fmt: skip
+    hooks = [
+        site.module.register_forward_hook(change),
+        output.module.register_forward_pre_hook(lambda module, args: kept.append(args[0])),
+    ]
     with torch.no_grad():
         model(torch.arange(5, 12)[None])
     for hook in hooks:
@@ -332,7 +316,7 @@ def test_part_rows_are_what_the_model_splits(name: str) -> None:
     model = fused_model(name)
     site = select(model, ["attention.qkv"], layers=[0])[0]
     with torch.no_grad():
-        site.module.weight.mul_(30)
+        site.module.weight.mul_(30)  # at the initial size all scores are alike, so keys and queries would not matter
     rows = {part: part_rows(site, part, model.config) for part in ("query", "key", "value")}
     joined = torch.cat(list(rows.values()))
     assert joined.dtype == torch.long
@@ -341,7 +325,7 @@ def test_part_rows_are_what_the_model_splits(name: str) -> None:
     assert torch.equal(contexts(model, site, rows["value"], torch.zeros(7)), torch.zeros_like(base))
     once = torch.ones(7)
     once[1] = -2.0
-    causal = getattr(model.config, "is_decoder", True) and name != "modernbert"
+    causal = name != "modernbert"
     query = (contexts(model, site, rows["query"], once) - base).abs().amax(-1) > 1e-6
     key = (contexts(model, site, rows["key"], once) - base).abs().amax(-1) > 1e-6
     assert query.tolist() == [False, True, False, False, False, False, False]
@@ -366,5 +350,7 @@ def test_part_rows_refuses_what_it_does_not_know() -> None:
     with pytest.raises(SiteError, match="has no part 'gate'"):
         part_rows(site, "gate", model.config)
     model.config.model_type = "unheard-of"
-    with pytest.raises(SiteError, match="order of its parts in 'unheard-of' is not known: target attention.qkv whole"):
+    with pytest.raises(
+        SiteError, match=r"order of its parts in 'unheard-of' is not known: target attention\.qkv whole"
+    ):
         part_rows(site, "query", model.config)

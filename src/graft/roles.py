@@ -92,9 +92,9 @@ def select(model: nn.Module, targets: Targets, *, exclude: Targets = (), layers:
 
     Args:
         model: any transformers model.
-        targets: roles and module names, mixed (a module's name ends with the entry, as in peft). `attention.query`
-            means cross-attention too, `self_attention.query` does not; `norm` is every norm. A single string is
-            "all-linear", a role, or a regex that the whole path of a leaf module must match.
+        targets: roles and module names, mixed (a module's name ends with the entry, as in peft; inside a task head it
+            is the whole path). `attention.query` means cross-attention too, `self_attention.query` does not; `norm` is
+            every norm. A single string is "all-linear", a role, or a regex for the whole path of a leaf module.
         exclude: the same forms; what it names is left out.
         layers: None for all, n for the top n of each stack, or indices; sites outside of layers are then dropped.
 
@@ -121,7 +121,10 @@ def select(model: nn.Module, targets: Targets, *, exclude: Targets = (), layers:
 
 
 def parts_asked(site: Site, targets: Targets) -> tuple[str, ...]:
-    """Which parts of a fused site `targets` mean, in the order of its roles; () when the whole is meant."""
+    """Which parts of a fused site `targets` mean, in their fixed order; () when the whole is meant.
+
+    The whole is meant by a module name, by the fused role itself, by a regex, and by asking for every part.
+    """
     parts = PARTS.get(_plain(site.role))
     if parts is None or (isinstance(targets, str) and targets not in _ENTRIES):
         return ()
@@ -259,7 +262,12 @@ def _show(targets: Targets) -> str:
 
 
 def _name_fits(path: str, entry: str) -> bool:
-    return path == entry or path.endswith(f".{entry}")
+    return path == entry or (path.endswith(f".{entry}") and not _in_kept_head(path))
+
+
+def _in_kept_head(path: str) -> bool:
+    """A head that is trained whole: only its full path reaches it, never "dense", a regex or "all-linear"."""
+    return path.split(".")[0] in vocabulary.KEPT_HEADS
 
 
 def _role_fits(role: str, entry: str) -> bool:
@@ -299,9 +307,8 @@ def _matching(model: nn.Module, everything: list[Site], targets: Targets, field:
 def _all_linear(everything: list[Site]) -> set[str]:
     """peft's selection: every linear but the output embedding and the heads that are trained whole."""
     linear = [site for site in everything if is_linear(site.module)]
-    kept = vocabulary.KEPT_HEADS
     lm_head = {site.path for site in linear if site.role == "head" and site.path not in vocabulary.TASK_HEADS}
-    return {site.path for site in linear if site.path.split(".")[0] not in kept} - lm_head
+    return {site.path for site in linear if not _in_kept_head(site.path)} - lm_head
 
 
 def _by_regex(everything: list[Site], pattern: str) -> set[str]:
@@ -310,7 +317,8 @@ def _by_regex(everything: list[Site], pattern: str) -> set[str]:
     except re.error as error:
         raise SiteError(f"targets {pattern!r} is not a valid regex ({error}): give a list to name modules") from None
     # A regex is written for linears; one that also covers the attention around them does not ask for it.
-    return {site.path for site in everything if compiled.fullmatch(site.path) and not children_of(site.module)}
+    leaves = [site for site in everything if not children_of(site.module) and not _in_kept_head(site.path)]
+    return {site.path for site in leaves if compiled.fullmatch(site.path)}
 
 
 def _nothing(model: nn.Module, everything: list[Site], entry: str, field: str) -> SiteError:
@@ -333,17 +341,17 @@ def _nothing(model: nn.Module, everything: list[Site], entry: str, field: str) -
 def _in_layers(model: nn.Module, chosen: list[Site], layers: Layers) -> list[Site]:
     if layers is None:
         return chosen
-    chosen = [site for site in chosen if site.layer is not None]
-    depth = {name: len(model.get_submodule(name)) for name in {container_of(site.path) for site in chosen}}
+    numbered = [(site, site.layer, container_of(site.path)) for site in chosen if site.layer is not None]
+    depth = {name: len(children_of(model.get_submodule(name))) for _, _, name in numbered}
     if isinstance(layers, int):
         if layers < 1:
             raise SiteError(f"layers={layers} asks for no layer: give a count of at least 1, or a list of indices")
-        return [site for site in chosen if site.layer >= depth[container_of(site.path)] - layers]
+        return [site for site, layer, name in numbered if layer >= depth[name] - layers]
     deepest = max(depth.values(), default=0)
     missing = [index for index in layers if not 0 <= index < deepest]
-    if missing:
+    if missing and numbered:
         raise SiteError(f"layers: no layer {missing[0]} in {type(model).__name__}, it has 0 to {deepest - 1}")
-    return [site for site in chosen if site.layer in layers]
+    return [site for site, layer, _ in numbered if layer in layers]
 
 
 def _layout(site: Site, config: Any) -> tuple[int, tuple[int, ...]]:

@@ -27,8 +27,8 @@ CROSS = re.compile(rf"(?:^|\.)(?:{_CROSS})(?:\.|_|$)")
 # Experts are fused parameters or routed per token: no linear there sees every token, so none can be a site.
 EXPERTS = re.compile(r"(?:^|\.)(?:experts|shared_experts?|residual_mlp)(?:\.|$)")
 TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
-# peft keeps these whole (`modules_to_save`), so "all-linear" leaves them out; it does take the other task heads.
-KEPT_HEADS = ("score", "classifier", "qa_outputs")
+# peft trains these whole (`modules_to_save`, by the end of the name) and so never targets them or what is in them.
+KEPT_HEADS = ("score", "classifier", "pre_classifier", "qa_outputs")
 # Inside a head nothing has a role of its own: the head is one site.
 HEAD_INSIDE = re.compile(rf"^(?:lm_head|cls|\w*predictions|{'|'.join(TASK_HEADS)})\.")
 
@@ -134,7 +134,7 @@ FUSED_LAYOUTS: dict[str, str] = {
     "falcon": "falcon",
 }
 
-# model_types whose fused gate and up stand in that order; others are refused, for one of them has it the other way round.
+# model_types whose fused gate and up stand in that order; others are refused, for some have it the other way round.
 GATE_FIRST = frozenset({"phi3", "glm", "glm4", "dia", "modernbert", "modernbert-decoder"})
 
 # transformers lists it among the causal models, and it is one only where its config says `is_decoder`.
@@ -162,7 +162,7 @@ def name_roles(
             roles[path] = "head"
         elif not (EXPERTS.search(path) or HEAD_INSIDE.match(path)):
             roles[path] = _by_rules(path, module, modules)
-    if is_embedding(source) and "embedding" not in roles.values():
+    if source is not None and is_embedding(source) and "embedding" not in roles.values():
         roles.update((path, "embedding") for path, module in modules.items() if module is source)
     for path, role in _whole(modules, roles).items():
         if roles.get(path) is None and not any(pattern.search(path) for pattern, _ in overrides):

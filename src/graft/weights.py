@@ -47,7 +47,8 @@ def features(module: nn.Module) -> tuple[int, int]:
         return module.nx, module.nf
     if is_linear(module):
         # 4-bit and int8 weights are packed or flat, so the attributes are asked and never the weight's shape.
-        return int(module.in_features), int(module.out_features)
+        linear: Any = module
+        return int(linear.in_features), int(linear.out_features)
     raise _no_weight(module)
 
 
@@ -63,8 +64,9 @@ def weight_OI(module: nn.Module) -> Tensor:
         return _dequantize_8bit(module)
     if not (is_linear(module) or is_embedding(module)):
         raise _no_weight(module)
-    weight: Tensor = module.weight
-    return weight.T if transposed(module) else weight
+    # Not get_parameter: under functional_call the weight is a plain tensor.
+    owner: Any = module
+    return owner.weight.T if transposed(module) else owner.weight
 
 
 @torch.no_grad()
@@ -86,7 +88,7 @@ def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
             f"give (out, in) = ({out_features}, {in_features})"
         )
     stored = weight_OI.T if transposed(module) else weight_OI
-    module.weight.data.copy_(stored)
+    module.get_parameter("weight").data.copy_(stored)
 
 
 def _no_weight(module: nn.Module) -> SiteError:
@@ -108,7 +110,7 @@ def _is_8bit(module: nn.Module) -> bool:
     return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt)
 
 
-def _dequantize_4bit(module: nn.Module) -> Tensor:
+def _dequantize_4bit(module: Any) -> Tensor:
     weight = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None:  # built but not yet moved to its device: bitsandbytes quantizes on the move
@@ -118,7 +120,7 @@ def _dequantize_4bit(module: nn.Module) -> Tensor:
     return bnb.functional.dequantize_4bit(weight.data, state)
 
 
-def _dequantize_8bit(module: nn.Module) -> Tensor:
+def _dequantize_8bit(module: Any) -> Tensor:
     """Row-wise absmax codes: w = code * scale / 127. The scale sits on the weight, or in `state` after a forward."""
     weight = module.weight
     if weight.dtype != torch.int8:

@@ -1,1 +1,1 @@
-"""Data: sources to rows (`rows`), to tokens (`template`), to batches (`collate`), and a look at all of it (`report`)."""
+"""Data: sources to rows (`rows`), to tokens (`template`), to batches (`collate`), and a look first (`report`)."""

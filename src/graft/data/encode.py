@@ -2,8 +2,8 @@
 
 Training must show the model the very tokens that `generate()` will start from. So the text is cut where a trained part
 begins and ends; where the tokens of each prefix are a prefix of the whole text's tokens, the whole is used as it is
-(what a pretrained model saw); where they are not, because a token would straddle the cut, the parts are tokenized one by
-one. Character offsets are not used: byte-level tokenizers trim leading blanks from them, which hides such a token.
+(what a pretrained model saw); where they are not, because a token would straddle the cut, each part is tokenized alone.
+Character offsets are not used: byte-level tokenizers trim leading blanks from them, which hides such a token.
 """
 
 from __future__ import annotations

@@ -1,0 +1,172 @@
+"""Merging adapters into the base's weights, and taking them out again bit for bit.
+
+Shape legend: O out-features, I in-features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft import freeze
+from graft.bank import Bank, bank_of, known
+from graft.errors import MergeError
+from graft.hooks import SiteHook
+from graft.method import CopyDelta, Delta
+from graft.routes import BASE, Entry, entry_of
+from graft.weights import quantized, set_weight_OI, weight_OI
+
+TIED = ("error", "untie")
+
+
+@dataclass
+class Kept:
+    """What a merge replaced in one module: its parameters by name, as objects and as values."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter | None
+    value: Tensor | None
+
+
+def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = "error") -> nn.Module:
+    """Add adapters into the base's weights, in place; the originals are kept for `unmerge`.
+
+    Args:
+        entry: a name, a tuple of names, or a dict of name to weight; they merge in the order in which they act.
+        into: a dtype for a quantized base, whose packed weights cannot be changed.
+        tied: "error" refuses to merge into a weight that another module shares; "untie" gives the site its own.
+
+    Returns:
+        The model, which runs without any adapter until `unmerge`.
+
+    Raises:
+        MergeError: a method that does not merge, a tied or quantized weight, or a model that is merged already.
+        RouteError: an unknown name.
+    """
+    bank = bank_of(model)
+    chosen = known(bank, entry_of(entry))
+    if bank.originals is not None:
+        raise MergeError("the model is merged already; call graft.unmerge first")
+    if tied not in TIED:
+        raise MergeError(f"tied is one of {', '.join(TIED)}, not {tied!r}")
+    if chosen == BASE:
+        raise MergeError("name at least one adapter to merge")
+    hooks = _hooks(bank, chosen)
+    _refuse(model, bank, chosen, hooks, into, tied)
+    freeze.select(model, bank, chosen)
+    kept: list[Kept] = []
+    try:
+        for hook, module in hooks:
+            _merge_site(model, module, hook.acts(chosen), hook.path, kept, tied)
+    except BaseException:
+        _put_back(kept)
+        raise
+    bank.originals = kept
+    bank.asleep = True
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base its own weights back, bit for bit; what was in use is in use again.
+
+    Raises:
+        MergeError: the model is not merged.
+    """
+    bank = bank_of(model)
+    if bank.originals is None:
+        raise MergeError("the model is not merged")
+    _put_back(bank.originals)
+    bank.originals = None
+    bank.asleep = False
+    freeze.select(model, bank, bank.used)
+    return model
+
+
+def _hooks(bank: Bank, entry: Entry) -> list[tuple[SiteHook, nn.Module]]:
+    found: dict[str, nn.Module] = {}
+    for name, _ in entry:
+        for site, _delta in bank[name].items():
+            found.setdefault(site.path, site.module)
+    return [(bank.hooks[path], module) for path, module in found.items() if path in bank.hooks]
+
+
+def _refuse(
+    model: nn.Module, bank: Bank, entry: Entry, hooks: list[tuple[SiteHook, nn.Module]], into: str | None, tied: str
+) -> None:
+    for name, _ in entry:
+        adapter = bank[name]
+        for site, delta in adapter.items():
+            if not isinstance(delta, CopyDelta) and not _mergeable(delta):
+                raise MergeError(f"adapter {name!r} ({adapter.method.name}) cannot be merged: see {site.path}")
+    for hook, module in hooks:
+        if quantized(module):
+            raise MergeError(
+                f"{hook.path} is quantized and its packed weight cannot be changed"
+                + (f" into {into}" if into else "")
+                + "; load the base in 16 or 32 bit, load the adapter there and merge"
+            )
+        if tied == "error" and (other := _shares(model, module, hook.path)):
+            raise MergeError(
+                f"{hook.path} shares its weight with {other}: merging would change both, while unmerged only the "
+                "first changes; merge with tied='untie' to give it a weight of its own"
+            )
+
+
+def _mergeable(delta: Delta) -> bool:
+    own = type(delta)
+    return own.merged is not Delta.merged or own.weight_delta is not Delta.weight_delta
+
+
+def _shares(model: nn.Module, module: nn.Module, path: str) -> str | None:
+    """The path of another module with the same weight storage, if there is one."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    for other, sibling in model.named_modules():
+        same = getattr(sibling, "weight", None)
+        if sibling is not module and isinstance(same, Tensor) and same.data_ptr() == weight.data_ptr():
+            return other
+    return None
+
+
+@torch.no_grad()
+def _merge_site(
+    model: nn.Module, module: nn.Module, acts: list[tuple[Delta, float]], path: str, kept: list[Kept], tied: str
+) -> None:
+    for child in module.modules():
+        kept.extend(
+            Kept(child, name, p, None if p is None else p.detach().clone()) for name, p in child._parameters.items()
+        )
+    if _shares(model, module, path):
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+    for delta, weight in acts:
+        if isinstance(delta, CopyDelta):
+            for own, new in zip(module.parameters(), delta.copy.parameters(), strict=True):
+                own.data.copy_(new if weight == 1.0 else own.float() + weight * (new - own.float()))
+            continue
+        old_OI = weight_OI(module).float()
+        bias = getattr(module, "bias", None)
+        old_O = None if bias is None else bias.detach().float()
+        merged = delta.merged(old_OI, old_O)
+        if merged is None:
+            raise MergeError(f"{path}: this adapter's change is not one of the weight and cannot be merged")
+        new_OI, new_O = merged
+        set_weight_OI(module, (old_OI + weight * (new_OI - old_OI) if weight != 1.0 else new_OI))
+        if new_O is not None and old_O is None:
+            module.bias = nn.Parameter((weight * new_O).to(module.weight.dtype), requires_grad=False)  # type: ignore[arg-type]
+        elif new_O is not None and old_O is not None:
+            bias.data.copy_(old_O + weight * (new_O - old_O))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _put_back(kept: list[Kept]) -> None:
+    for item in reversed(kept):
+        if item.parameter is None or item.value is None:
+            item.module.register_parameter(item.name, None)
+            continue
+        item.parameter.data.copy_(item.value)
+        item.module.register_parameter(item.name, item.parameter)
