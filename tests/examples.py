@@ -18,7 +18,8 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     "prefix_tuning": [{"hidden": 6}],
 }
 ATTENTION_ONLY = {"ia3": {"targets": ("attention.key", "attention.value"), "feedforward": ()}}
-NO_HEADLESS = {"head"}
+HEADLESS = {"head"}
+CLASSIFIERS = {"bert", "roberta", "distilbert", "llama_cls", "gpt2_cls"}
 
 
 def instances(name: str, arch: str) -> list[Method]:
@@ -36,7 +37,7 @@ def routable(arch: str) -> list[Method]:
     return [
         method
         for name, cls in sorted(REGISTRY.items())
-        if not issubclass(cls, SelectMethod) and not (name in NO_HEADLESS and arch != "bert")
+        if not issubclass(cls, SelectMethod) and not (name in HEADLESS and arch not in CLASSIFIERS)
         for method in instances(name, arch)
     ]
 

@@ -32,9 +32,8 @@ def use(model: nn.Module, entry: Any) -> None:
     if bank.originals is not None:
         raise RouteError("the model is merged; call graft.unmerge before using adapters")
     freeze.select(model, bank, chosen)
-    was, bank.used = bank.used, chosen
-    if bank.current == Route.everywhere(was):
-        bank.current = Route.everywhere(chosen)
+    bank.used = chosen
+    bank.refresh()
 
 
 class route:  # noqa: N801  a context manager that reads like a function
@@ -67,15 +66,13 @@ class route:  # noqa: N801  a context manager that reads like a function
                     f"adapter {adapter.name!r} ({adapter.method.name}) trains the base itself and cannot be routed "
                     "beside others; detach it, or use it for every row with graft.use"
                 )
-        self.before: list[Route] = []
 
     def __enter__(self) -> Route:
-        self.before.append(self.bank.current)
-        self.bank.current = self.route
+        self.bank.enter(self.route)
         return self.route
 
     def __exit__(self, *_: object) -> None:
-        self.bank.current = self.before.pop()
+        self.bank.enter(None)
 
 
 def attach(

@@ -21,6 +21,10 @@ from graft.roles import Site
 from graft.routes import BASE, Entry, Route
 
 
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+"""Where a forward's batch size is read, in this order."""
+
+
 class Adapter(nn.Module):
     """One adapter: a method, and its parameters at the sites of one model.
 
@@ -91,6 +95,7 @@ class Bank(nn.Module):
         super().__init__()
         self.held = nn.ModuleDict()
         self.used: Entry = BASE
+        self.routes: list[Route] = []
         self.current = Route.everywhere(BASE)
         self.asleep = False
         self.slots = slots.Slots()
@@ -165,16 +170,21 @@ class Bank(nn.Module):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, root: bool, module: nn.Module) -> None:
         """Note what a forward brings; a batch that does not fit the route is refused here."""
-        found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+        first = (*args[:1], *(kwargs.get(key) for key in INPUTS))
+        found = next((value for value in first if isinstance(value, Tensor)), None)
         if found is not None:
             self.batch = found.shape[0]
             if not self.asleep:
-                self.current.check_rows(self.batch)
+                self.current.check(found)
         cache = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
         self.shifted = any(self[name].shift for name in self.current.names)
         self.slots.active = None
+        if self.prompted and not self.asleep and kwargs.get("inputs_embeds") is not None:
+            raise RouteError(
+                "a row has a soft prompt but the model got inputs_embeds; pass the input_ids of graft.prepare(model, batch)"
+            )
         if root:
             freeze.replay_checkpoints(self)
             quiet = self.asleep or torch.compiler.is_compiling() or kwargs.get("encoder_outputs") is not None
@@ -193,6 +203,18 @@ class Bank(nn.Module):
                     f"{missed[0]}; the model bypasses them, so the adapter cannot act there"
                 )
         self.unchecked.clear()
+
+    def enter(self, route: Route | None) -> None:
+        """Make a route the inner one; None ends the inner one, and what is in use holds outside of all."""
+        if route is None:
+            self.routes.pop()
+        else:
+            self.routes.append(route)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Let the innermost route hold, or what is in use."""
+        self.current = self.routes[-1] if self.routes else Route.everywhere(self.used)
 
     def snapshot(self) -> tuple[Any, ...]:
         """What a recomputed part of a forward has to find again."""

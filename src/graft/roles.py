@@ -141,6 +141,21 @@ def parts_asked(site: Site, targets: Targets) -> tuple[str, ...]:
     return tuple(part for part in parts if part in asked) if len(asked) < len(parts) else ()
 
 
+def fits(site: Site, targets: Targets) -> bool:
+    """Whether one site answers for `targets`: roles and module names, or one regex for the whole path."""
+    if isinstance(targets, str) and targets not in _ENTRIES:
+        return re.fullmatch(targets, site.path) is not None
+    return any(
+        (entry in _ENTRIES and _role_fits(site.role, entry)) or _name_fits(site.path, entry)
+        for entry in _entries(targets)
+    )
+
+
+def peft_scaled(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What peft's (IA)^3 scales by default: the targets, and those of them whose input is scaled."""
+    return vocabulary.PEFT_SCALED.get(_model_type(model), vocabulary.SCALED)
+
+
 def part_rows(site: Site, part: str, model_config: Any) -> Tensor:
     """Row indices (a LongTensor, ascending) of one part in the output of a fused site.
 

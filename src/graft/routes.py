@@ -115,13 +115,23 @@ class Route:
         """The number of flattened tokens of a packed batch."""
         return sum(self.lengths or ())
 
-    def check_rows(self, batch: int) -> None:
-        """Raise RouteError unless the batch is a whole multiple of the rows.
+    def check(self, inputs: Tensor) -> None:
+        """Raise RouteError unless the (B, T, ...) inputs of a forward fit.
 
         A uniform list must fit too: three entries for a batch of four are a mistake, whatever they say.
         """
-        if self.lengths is None and len(self.entries) > 1 and (batch < len(self.entries) or batch % len(self.entries)):
-            raise RouteError(f"the route has {len(self.entries)} rows and the batch {batch}; give one entry per row")
+        if self.lengths is not None:
+            size = inputs.shape[0] * (inputs.shape[1] if inputs.dim() > 1 else 1)
+            if size != self.tokens:
+                raise RouteError(f"the segments have {self.tokens} tokens and the packed batch {size}")
+        elif len(self.entries) > 1:
+            self.check_rows(inputs.shape[0])
+
+    def check_rows(self, batch: int) -> None:
+        """Raise RouteError unless a batch of that many rows is a whole multiple of the route's rows."""
+        rows = len(self.entries)
+        if batch < rows or batch % rows:
+            raise RouteError(f"the route has {rows} rows and the batch {batch}; give one entry per row")
 
     def groups(self, size: int, device: torch.device) -> list[Group]:
         """Index tensors of each distinct entry over a leading dimension of `size`.
@@ -132,6 +142,8 @@ class Route:
         Raises:
             RouteError: the sizes do not fit.
         """
+        if torch.compiler.is_compiling():
+            return self._groups(size, device)
         key = (size, device)
         if key not in self._cache:
             self._cache[key] = self._groups(size, device)
@@ -139,10 +151,10 @@ class Route:
 
     def _groups(self, size: int, device: torch.device) -> list[Group]:
         owner = self.owner(size)
-        distinct = list(dict.fromkeys(self.entries))
-        number = {entry: i for i, entry in enumerate(distinct)}
-        codes = torch.tensor([number[self.entries[i]] for i in owner])
-        return [Group(entry, (codes == i).nonzero().flatten().to(device)) for entry, i in number.items()]
+        rows: dict[Entry, list[int]] = {}
+        for place, i in enumerate(owner):
+            rows.setdefault(self.entries[i], []).append(place)
+        return [Group(entry, torch.tensor(index, device=device)) for entry, index in rows.items()]
 
     def owner(self, size: int) -> list[int]:
         """For each of `size` leading places, the number of its entry."""
@@ -150,7 +162,6 @@ class Route:
             if size != self.tokens:
                 raise RouteError(f"the segments have {self.tokens} tokens and the packed batch {size}")
             return [i for i, length in enumerate(self.lengths) for _ in range(length)]
+        self.check_rows(size)
         rows = len(self.entries)
-        if size < rows or size % rows:
-            raise RouteError(f"the route has {rows} rows and the batch {size}; give one entry per row")
         return [i for i in range(rows) for _ in range(size // rows)]

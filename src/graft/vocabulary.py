@@ -137,6 +137,20 @@ FUSED_LAYOUTS: dict[str, str] = {
 # model_types whose fused gate and up stand in that order; others are refused, for some have it the other way round.
 GATE_FIRST = frozenset({"phi3", "glm", "glm4", "dia", "modernbert", "modernbert-decoder"})
 
+# What (IA)^3 scales by the paper, and what peft scales instead: targets, and those of them whose input is scaled.
+SCALED = (("attention.key", "attention.value", "ffn.down"), ("ffn.down",))
+_QUERY_VALUE = (("attention.query", "attention.value", "ffn.down"), ("ffn.down",))
+# peft's "output.dense" names the attention's output too.
+_BOTH_OUTPUTS = (("attention.key", "attention.value", "attention.output", "ffn.down"), ("attention.output", "ffn.down"))
+PEFT_SCALED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(("bart", "gemma", "gemma2", "gemma3_text", "gptj", "gpt_neo", "llama4"), _QUERY_VALUE),
+    **dict.fromkeys(("phi", "qwen2", "qwen3"), _QUERY_VALUE),
+    **dict.fromkeys(("bert", "roberta", "deberta-v2"), _BOTH_OUTPUTS),
+    "opt": (("attention.query", "attention.key", "ffn.down"), ("ffn.down",)),
+    "mt5": (("attention.key", "attention.value", "wi_1"), ()),
+    "mixtral": (("attention.key", "attention.value"), ()),
+}
+
 # transformers lists it among the causal models, and it is one only where its config says `is_decoder`.
 CAUSAL_BY_CONFIG = frozenset({"bert-generation"})
 

@@ -143,7 +143,10 @@ def test_packed_equals_alone(name: str, attention: str) -> None:
     packed.loss.backward()
     gradient = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    wanted = [(logits[:-1], torch.tensor(one.labels[1:])) for logits, one in zip(separate, ones, strict=True)]
+    wanted = [
+        (logits[:-1], torch.tensor(one.labels[1:], dtype=torch.long))
+        for logits, one in zip(separate, ones, strict=True)
+    ]
     flat = torch.cat([w for w, _ in wanted]), torch.cat([t for _, t in wanted])
     loss = torch.nn.functional.cross_entropy(*flat, ignore_index=-100)
     torch.testing.assert_close(packed.loss, loss, atol=1e-5, rtol=1e-5)
@@ -174,9 +177,16 @@ def test_models_that_cannot_pack_are_refused(name: str) -> None:
 
 def test_check_packing_leaves_the_model_alone() -> None:
     model = tiny.tiny("llama").train()
-    state = torch.get_rng_state()
+    model.get_input_embeddings().eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     check_packing(model)
-    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for module in model.modules()] and torch.equal(state, torch.get_rng_state())
+
+
+def test_check_packing_in_half_precision() -> None:
+    check_packing(tiny.tiny("llama").to(torch.bfloat16))
+    with pytest.raises(ConfigError):
+        check_packing(tiny.tiny("opt").to(torch.bfloat16))
 
 
 def test_bins_are_first_fit_decreasing() -> None:

@@ -63,7 +63,7 @@ BAD = [
         held("n"),
         Limits(),
         "1 training row is longer than 10 tokens (longest 11): train.jsonl row 21; "
-        "raise data.max_length or set data.truncate: true",
+        "raise data.max_length or set data.truncate",
     ),
     (
         many(),

@@ -67,7 +67,7 @@ def pad(
     Returns:
         `input_ids`, `attention_mask` (B, T); `labels` (B, T), -100 where nothing is trained, in an encoder-decoder
         (B, T of the targets), in a classifier (B,); `token_type_ids` if the tokenizer gives them; `adapter`, a list of
-        B names or None, if a row names one. T is rounded up to `multiple`.
+        B names, None for a row that names none, if any names one. T is rounded up to `multiple`.
     """
     _some(examples)
     ids = [example.input_ids for example in examples]
@@ -93,7 +93,8 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
     Returns:
         `input_ids`, `position_ids` (from 0 in each segment), `labels` (1, T), -100 at the first token of each segment
         (it has no predictor: the token before it belongs to another example); `segments`, a list of (adapter or None,
-        length), for `graft.route(model, segments=...)`; `use_cache`, False.
+        length), for `graft.route(model, segments=...)`: None is a row that names no adapter, so put the trained one
+        there first (to a route None is the base); `use_cache`, False.
 
     There is no `attention_mask`, on purpose. transformers 5.23 (`masking_utils._preprocess_mask_arguments`) finds the
     segments by itself from positions that do not go up by one, and builds a block-diagonal causal mask, if
@@ -135,33 +136,49 @@ def pack(examples: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, tolerance: float | None = None) -> None:
-    """Two short segments, packed and alone: raise a ConfigError if the model's logits differ, that is, if they mix."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    parts = [[n % vocabulary for n in (5, 7, 11, 13)], [n % vocabulary for n in (3, 17, 2)]]
-    tolerance = tolerance or {torch.float32: 1e-4, torch.float64: 1e-8}.get(model.dtype, 5e-2)
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise a ConfigError if packed examples would see each other in this model.
 
-    def logits(ids: list[int], positions: list[int]) -> torch.Tensor:
-        tensors = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-        return model(**{k: v.to(model.device) for k, v in tensors.items()}, use_cache=False).logits[0].float()
-
-    training = model.training
+    Two short segments are run: packed they must give the logits that each gives alone, and another first segment must
+    not move the second one's logits (measured against how far it moves them when both are one text, in any dtype).
+    """
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        packed = logits([*parts[0], *parts[1]], [0, 1, 2, 3, 0, 1, 2])
-        alone = torch.cat([logits(part, list(range(len(part)))) for part in parts])
-        holds = (packed - alone).abs().max() <= tolerance * alone.abs().max().clamp(min=1)
+        holds = _isolates(model)
     except GraftError:  # the model's adapters cannot take these tokens: not a matter of packing
         raise
-    except (TypeError, ValueError):  # no position_ids, or an encoder-decoder
-        holds = torch.tensor(False)
+    except (TypeError, ValueError):  # no position_ids, an encoder-decoder
+        holds = False
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if not holds:
         raise ConfigError(
             f"{type(model).__name__} lets packed examples see each other (it makes no mask from position_ids); "
             "turn packing off"
         )
+
+
+def _isolates(model: PreTrainedModel) -> bool:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    first, other, second = ([n % vocabulary for n in ids] for ids in ((5, 7, 11, 13), (19, 23, 29, 31), (3, 17, 2)))
+    restart, onward = [0, 1, 2, 3, 0, 1, 2], list(range(7))
+
+    def logits(ids: list[int], positions: list[int]) -> torch.Tensor:
+        tensors = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        return model(**{k: v.to(model.device) for k, v in tensors.items()}, use_cache=False).logits[0].float()
+
+    def moved(positions: list[int]) -> torch.Tensor:
+        return (logits([*first, *second], positions) - logits([*other, *second], positions))[-3:].abs().max()
+
+    packed = logits([*first, *second], restart)
+    alone = torch.cat([logits(first, onward[:4]), logits(second, onward[:3])])
+    if packed.shape != alone.shape:  # no logits for each token: a classifier
+        return False
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    same = (packed - alone).abs().max() <= tolerance * alone.abs().max().clamp(min=1)
+    return bool(same and moved(restart) <= 0.1 * moved(onward))
 
 
 @dataclass(frozen=True)

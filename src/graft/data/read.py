@@ -117,8 +117,8 @@ def _csv(path: Path) -> Iterator[Numbered]:
 
 
 def _parquet(path: Path) -> Iterator[Numbered]:
-    import pyarrow
-    import pyarrow.parquet as parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     try:
         with parquet.ParquetFile(path) as file:

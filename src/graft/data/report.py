@@ -110,7 +110,7 @@ class Report:
         if part.truncated and not limits.truncate:
             raise DataError(
                 f"{_count(part.truncated, f'{part.name} row')} longer than {self.max_length} tokens "
-                f"(longest {part.longest}): {_named(part.truncated)}; raise {key}.max_length or set {key}.truncate: true"
+                f"(longest {part.longest}): {_named(part.truncated)}; raise {key}.max_length or set {key}.truncate"
             )
         share = len(part.truncated) / part.rows
         if share > limits.truncated:

@@ -3,8 +3,8 @@
     y = W x + b + s * B A dropout(x),   s = alpha / r   (rsLoRA: alpha / sqrt(r), arXiv 2312.03732)
 
 Linear and Conv1D: A (r, I) from U(-1/sqrt(I), 1/sqrt(I)), B (O, r) zero. Embedding: A (r, V) zero, B (D, r) from
-N(0, 1), y = E[x] + s * A^T[x] B^T. A fused qkv of which only some parts are asked has one pair per part: A (n r, I), and
-B's blocks write to the rows of their part alone (microsoft/LoRA's MergedLinear); peft has one pair for the whole.
+N(0, 1), y = E[x] + s * A^T[x] B^T. A fused qkv of which only some parts are asked has one pair per part: A (n r, I),
+and B's blocks write to the rows of their part alone (microsoft/LoRA's MergedLinear); peft has one pair for the whole.
 
 Shape legend: N rows, T tokens, I in, O out, R rank, V vocabulary, D width.
 """
@@ -23,7 +23,7 @@ from graft import roles
 from graft.errors import ConfigError
 from graft.method import Build, Delta, Method, parameter
 from graft.roles import Site
-from graft.weights import is_embedding, weight_OI
+from graft.weights import is_embedding
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "gaussian", "random")
@@ -228,7 +228,7 @@ class BiasDelta(Delta):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.base = [module.bias]  # in a list: the base owns it
-        self.bias = nn.Parameter(module.bias.detach().clone().float())  # type: ignore[union-attr,operator]
+        self.bias = nn.Parameter(module.bias.detach().clone().float())  # type: ignore[operator]
 
     def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         return y_BTO + (self.bias - self.base[0]).to(y_BTO.dtype)  # type: ignore[operator]
@@ -249,8 +249,9 @@ def embed_scale(module: nn.Module) -> float:
 
 
 def _config(build: Build) -> Any:
-    return build.model.config  # type: ignore[union-attr]
+    return build.model.config
 
 
 def _special(delta: LoRADelta) -> bool:
-    return bool(delta.rows) or delta.bias is not None or delta.B_bias is not None or (delta.dropout > 0 and delta.training)
+    drops = delta.dropout > 0 and delta.training
+    return bool(delta.rows) or delta.bias is not None or delta.B_bias is not None or drops

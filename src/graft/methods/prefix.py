@@ -25,6 +25,7 @@ from graft.method import AttentionDelta, Build, Delta, Method
 from graft.roles import Site
 
 PLACES = ("encoder", "decoder", "cross")
+HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class PrefixTuning(Method):
         model = build.model
         both = roles.is_encoder_decoder(model)
         if self.places is not None and not both:
-            raise SiteError(f"PrefixTuning: where is for encoder-decoders; {type(model).__name__} has one self-attention")
+            raise SiteError(f"PrefixTuning: where is for encoder-decoders, and {type(model).__name__} is none")
         wanted = self.places or ("decoder",)
         found = roles.select(model, ("attention",), layers=self.layers)
         if both:
@@ -99,7 +100,14 @@ class PrefixTable(nn.Module):
     """What all layers share: the (P, sum of 2 K d) table, or the embedding and MLP that make it while training."""
 
     def __init__(
-        self, length: int, widths: list[int], slots: list[int], paths: list[str], hidden: int | None, width: int, like: Tensor
+        self,
+        length: int,
+        widths: list[int],
+        slots: list[int],
+        paths: list[str],
+        hidden: int | None,
+        width: int,
+        like: Tensor,
     ) -> None:
         super().__init__()
         self.length = length
@@ -165,7 +173,7 @@ class PrefixDelta(AttentionDelta):
 def heads_of(site: Site, build: Build) -> tuple[int, int]:
     """Key/value heads and head size of an attention module, from its weights."""
     module = site.module
-    size = next((getattr(module, n) for n in ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim") if hasattr(module, n)), 0)
+    size = next((getattr(module, name) for name in HEAD_SIZES if hasattr(module, name)), 0)
     inside = [s for s in roles.sites(build.model) if s.path.startswith(f"{site.path}.")]
     for inner in inside:
         if inner.role.endswith("attention.key"):

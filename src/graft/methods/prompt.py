@@ -79,7 +79,7 @@ class PromptTuning(Method):
         return delta
 
     def _rows(self, site: Site) -> Tensor:
-        weight_VD: Tensor = site.module.weight.detach()  # type: ignore[assignment, operator]
+        weight_VD: Tensor = site.module.weight.detach()  # type: ignore[operator]
         if self.init == "random":
             return parameter(self.length, weight_VD.shape[1], like=weight_VD).detach().uniform_(-0.5, 0.5)
         count = min(FREQUENT, weight_VD.shape[0])
@@ -126,7 +126,7 @@ def input_embedding(model: nn.Module) -> Site:
         SiteError: the model has none, or it derives its decoder's input from the encoder's ids.
     """
     if roles.is_encoder_decoder(model) and type(model).__name__.endswith("ForSequenceClassification"):
-        raise SiteError(f"{type(model).__name__} reads its decoder's input from the encoder's ids: no slots can go there")
+        raise SiteError(f"{type(model).__name__} makes its decoder's input of the encoder's ids: no slots can go there")
     found = [site for site in roles.sites(model) if site.role == "embedding"]
     if roles.is_encoder_decoder(model):
         found = [site for site in found if site.stack == "encoder"]

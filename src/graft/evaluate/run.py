@@ -1,0 +1,189 @@
+"""Evaluation of entries side by side: which metrics the rows allow, and their values for each entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from graft import roles
+from graft.data.rows import Row
+from graft.data.template import Template
+from graft.errors import ConfigError, DataError
+from graft.evaluate import metrics as measures
+from graft.evaluate import score
+from graft.evaluate.batches import Progress, labels_of
+from graft.evaluate.generate import Decoding, generate, templates_of
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `examine` found."""
+
+    scores: Scores
+    """Label of the entry to metric to value."""
+    answers: dict[str, list[str]]
+    """Label of the entry to the generated text or chosen label of each row; empty if no metric needed them."""
+
+
+def default_metrics(rows: Sequence[Row], template: Template) -> list[str]:
+    """What tells most about rows of this form."""
+    if not rows:
+        raise DataError("no rows to evaluate; give at least one")
+    if template.mode == "classification":
+        return ["loss", "accuracy", "macro_f1"]
+    if rows[0].form == "label":
+        return ["accuracy", "macro_f1"]
+    return (
+        ["loss", "perplexity"] if rows[0].form == "text" else ["loss", "perplexity", "exact_match", "bleu", "rouge_l"]
+    )
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    template: Template | Sequence[Template],
+    entries: Sequence[Any] = (None,),
+    metrics: Sequence[str] | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+) -> Scores:
+    """The metrics of each entry, for example {"base": {"bleu": 0.2}, "e2e": {"bleu": 59.9}}.
+
+    Args:
+        rows: rows with answers or labels; BLEU, ROUGE-L and exact match take all references of a row.
+        template: how rows become text, one for all entries or one for each (see `Template`).
+        entries: None for the base, a name, names, or a dict of name to weight.
+        metrics: names of `metrics.NEEDS`; None for what fits the rows. Labels are chosen by a classification head, or
+            else by the likelihood of each label's word as the answer.
+        batch_size: rows in a batch, each of them once for each entry.
+
+    Raises:
+        DataError, ConfigError, RouteError: rows without what a metric needs, an unknown metric, an unknown adapter.
+    """
+    return examine(
+        model,
+        tokenizer,
+        rows,
+        template,
+        entries,
+        metrics,
+        batch_size=batch_size,
+        decoding=Decoding(max_new_tokens=max_new_tokens),
+    ).scores
+
+
+def examine(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    template: Template | Sequence[Template],
+    entries: Sequence[Any] = (None,),
+    metrics: Sequence[str] | None = None,
+    *,
+    batch_size: int = 16,
+    decoding: Decoding | None = None,
+    truncate: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """`evaluate`, with the answers; `truncate` cuts rows that are longer than the context where losses are measured."""
+    labels = labels_of(entries)
+    templates = [each.fit(rows, tokenizer) for each in templates_of(template, len(labels))]
+    chosen = default_metrics(rows, templates[0]) if metrics is None else measures.known_metrics(metrics)
+    needs = {measures.NEEDS[name] for name in chosen}
+    _check(model, rows, templates, needs)
+    if templates[0].mode == "classification":
+        return _classify(model, tokenizer, rows, templates, entries, chosen, batch_size, truncate, progress)
+    values: dict[str, Scores] = {}
+    answers: dict[str, list[str]] = {}
+    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if "loss" in needs:
+        examples = score.encode(rows, templates, tokenizer)
+        found = score.losses(model, tokenizer, examples, entries, mode=templates[0].mode, cut=truncate, **settings)
+        values["loss"] = {label: _losses(each) for label, each in zip(labels, found, strict=True)}
+    if "label" in needs:
+        words = score.choose_words(model, tokenizer, rows, templates, entries, cut=truncate, **settings)
+        right = [[template.answer(row) for row in rows] for template in templates]
+        answers = dict(zip(labels, words, strict=True))
+        values["label"] = {
+            label: {name: measure(w, r) for name, measure in measures.LABEL.items()}
+            for label, w, r in zip(labels, words, right, strict=True)
+        }
+    if "text" in needs:
+        answers = generate(model, tokenizer, rows, templates, entries, decoding=decoding, **settings)
+        values["text"] = {
+            label: {
+                name: measures.TEXT[name](answers[label], [template.references(row) for row in rows])
+                for name in chosen
+                if name in measures.TEXT
+            }
+            for label, template in zip(labels, templates, strict=True)
+        }
+    scores = {label: {name: values[measures.NEEDS[name]][label][name] for name in chosen} for label in labels}
+    return Evaluation(scores, answers)
+
+
+def _losses(found: Sequence[score.Loss]) -> dict[str, float]:
+    """The mean over all trained tokens."""
+    tokens = sum(loss.tokens for loss in found)
+    if not tokens:
+        raise DataError("no row has a trained token, so there is no loss; look at the data with graft data")
+    mean = sum(loss.total for loss in found) / tokens
+    return {"loss": mean, "perplexity": measures.perplexity(mean)}
+
+
+def _classify(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    templates: Sequence[Template],
+    entries: Sequence[Any],
+    chosen: Sequence[str],
+    batch_size: int,
+    cut: bool,
+    progress: Progress | None,
+) -> Evaluation:
+    """Labels by the model's classification head."""
+    examples = score.encode(rows, templates, tokenizer)
+    found = score.class_scores(model, tokenizer, examples, entries, batch_size=batch_size, cut=cut, progress=progress)
+    scores: Scores = {}
+    answers: dict[str, list[str]] = {}
+    for label, template, scores_NC in zip(labels_of(entries), templates, found, strict=True):
+        names = template.label_names
+        numbers = [template.label_number(row) for row in rows]
+        if scores_NC.shape[1] != len(names):
+            raise ConfigError(
+                f"the head has {scores_NC.shape[1]} outputs and the data {len(names)} labels; load the right base"
+            )
+        answers[label] = [names[int(best)] for best in scores_NC.argmax(-1)]
+        right = [names[number] for number in numbers]
+        loss = -float(sum(scores_NC[n, number] for n, number in enumerate(numbers))) / len(rows)
+        all_values = {"loss": loss, "perplexity": measures.perplexity(loss)}
+        all_values |= {name: measure(answers[label], right) for name, measure in measures.LABEL.items()}
+        scores[label] = {name: all_values[name] for name in chosen}
+    return Evaluation(scores, answers)
+
+
+def _check(model: Any, rows: Sequence[Row], templates: Sequence[Template], needs: set[str]) -> None:
+    """Refuse what the rows, the model or the templates cannot give, before anything runs."""
+    if not rows:
+        raise DataError("no rows to evaluate; give at least one")
+    modes = {template.mode for template in templates}
+    if len(modes) > 1:
+        raise ConfigError(f"the templates have different modes ({', '.join(sorted(modes))}); evaluate them apart")
+    mode, where = modes.pop(), rows[0].source
+    if mode != "classification" and roles.is_encoder_decoder(model) != (mode == "seq2seq"):
+        other = "seq2seq" if mode == "causal" else "causal"
+        raise ConfigError(f"{type(model).__name__} needs a template of mode '{other}', not '{mode}'")
+    if mode == "classification" and "text" in needs:
+        raise ConfigError("a classification head writes no text; take loss, accuracy and macro_f1")
+    if "label" in needs and rows[0].form != "label":
+        raise DataError(f"{where}: accuracy and macro_f1 need a 'label' column; take exact_match, bleu or rouge_l")
+    if "text" in needs and rows[0].form == "text":
+        raise DataError(f"{where}: plain text has no prompt to answer; take loss and perplexity")
