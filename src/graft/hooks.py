@@ -99,7 +99,7 @@ class SiteHook:
         if route.uniform is not None:
             acts = self.acts(route.uniform)
             return run(acts, tensors) if acts else None
-        flat = [_flat(tensor) if route.by_token else tensor for tensor in tensors]
+        flat = [_flat(tensor, route.tokens) if route.by_token else tensor for tensor in tensors]
         target = flat[-1]
         parts = []
         for group in route.groups(target.shape[0], target.device):
@@ -109,10 +109,11 @@ class SiteHook:
         if not parts:
             return None
         if run == self._run_after and (stacked := _stacked(parts, flat)) is not None:
-            return stacked.view_as(tensors[-1])
+            return _like(stacked, tensors[-1], route.by_token, route.tokens)
         news = [run(acts, [tensor.index_select(0, index) for tensor in flat]) for acts, index in parts]
         index = torch.cat([index for _, index in parts])
-        return target.index_copy(0, index, torch.cat(news).to(target.dtype)).view_as(tensors[-1])
+        flat_new = target.index_copy(0, index, torch.cat(news).to(target.dtype))
+        return _like(flat_new, tensors[-1], route.by_token, route.tokens)
 
 
 class SlotHook:
@@ -303,8 +304,32 @@ def _order(act: Act) -> int:
     return act[0].order
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.is_floating_point() else tensor.reshape(-1)
+def _flat(tensor: Tensor, tokens: int) -> Tensor:
+    """A tensor of a packed batch with its tokens in one leading dimension; heads may stand in front of them."""
+    shape = tensor.shape
+    if _heads_first(tensor, tokens):
+        return tensor.transpose(1, 2).flatten(0, 1)
+    if tensor.dim() > 1 and shape[0] * shape[1] == tokens:
+        return tensor.flatten(0, 1)
+    if shape[0] == tokens:
+        return tensor
+    raise RouteError(f"a packed batch of {tokens} tokens reached a module with an input of {tuple(shape)}")
+
+
+def _like(flat: Tensor, tensor: Tensor, by_token: bool, tokens: int) -> Tensor:
+    """`_flat` undone."""
+    if by_token and _heads_first(tensor, tokens):
+        return flat.view(tensor.transpose(1, 2).shape).transpose(1, 2)
+    return flat.view(tensor.shape)
+
+
+def _heads_first(tensor: Tensor, tokens: int) -> bool:
+    shape = tensor.shape
+    if tensor.dim() != 4 or shape[0] != 1 or shape[2] != tokens:
+        return False
+    if shape[1] == tokens:
+        raise RouteError(f"a packed batch of {tokens} tokens cannot be told from as many heads; add a token")
+    return True
 
 
 def _detached(value: Any) -> Any:

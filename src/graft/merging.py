@@ -97,11 +97,16 @@ def _hooks(bank: Bank, entry: Entry) -> list[tuple[SiteHook, nn.Module]]:
 def _refuse(
     model: nn.Module, bank: Bank, entry: Entry, hooks: list[tuple[SiteHook, nn.Module]], into: str | None, tied: str
 ) -> None:
-    for name, _ in entry:
+    for name, weight in entry:
         adapter = bank[name]
         for site, delta in adapter.items():
             if not isinstance(delta, CopyDelta) and not _mergeable(delta):
                 raise MergeError(f"adapter {name!r} ({adapter.method.name}) cannot be merged: see {site.path}")
+            part = weight * adapter.scale
+            if isinstance(delta, CopyDelta) and part != 1.0 and any(site.module.children()):
+                raise MergeError(
+                    f"adapter {name!r} replaces {site.path}, which is not linear: it merges at weight 1 only, not {part}"
+                )
     for hook, module in hooks:
         if quantized(module):
             raise MergeError(

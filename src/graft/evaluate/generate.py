@@ -135,7 +135,7 @@ def answer_ids(
         batch = on_device(batch, model)
         start = 1 if encoder_decoder else batch["input_ids"].shape[1]
         config = _generation_config(model, tokenizer, decoding, 0 if encoder_decoder else start)
-        out = model.generate(**batch, generation_config=config, use_cache=True, streamer=streamer)
+        out = model.generate(**batch, generation_config=config, streamer=streamer)
     return [_until_end(row[start:].tolist(), config.eos_token_id) for row in out]
 
 
@@ -162,6 +162,7 @@ def _generation_config(model: Any, tokenizer: Any, decoding: Decoding, length: i
         top_p=decoding.top_p if sampled else 1.0,
         top_k=0 if sampled else 50,
         num_beams=1,
+        use_cache=True,
         num_return_sequences=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,

@@ -1,0 +1,250 @@
+"""Load a base: which class, which precision, which device. Safetensors only; no code of a checkpoint is ever run."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graft.errors import ConfigError
+from graft.method import nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "nf4")
+EMBEDDED = ("embedded", "quickstart")
+"""Names of the small pretrained model that ships inside the package."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CLASSES = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+
+
+def load_base(
+    path: str | Path, *, precision: str = "auto", device: str | None = None, num_labels: int | None = None
+) -> PreTrainedModel:
+    """A pretrained transformers model, in eval mode, ready for `graft.attach`.
+
+    Args:
+        path: a folder, a hub name, or "embedded" for the small model inside the package.
+        precision: "fp32", "bf16", "fp16", "int8" or "nf4" (the last two need bitsandbytes); "auto" is bf16 where the
+            device computes in it, else fp32.
+        device: "cpu", "cuda", "cuda:1", ...; None is the GPU if there is one, else the CPU.
+        num_labels: build a sequence classifier with so many outputs; its new head is random until it is trained.
+
+    Raises:
+        ConfigError: an unknown precision, a missing or broken checkpoint, one that has only pickled weights or wants to
+            run its own code, or no bitsandbytes.
+    """
+    import transformers
+
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: unknown precision {precision!r}; {nearest(precision, PRECISIONS)}")
+    config = load_config(path)
+    where = _device(device)
+    place = _place(path)
+    _refuse_pickles(place, path)
+    name, extra = _class_name(config, num_labels)
+    extra |= _precision(precision, where)
+    auto = getattr(transformers, name)
+    with _quiet(), _one_line(path):
+        if type(config) not in auto._model_mapping:
+            raise ConfigError(
+                f"base {path}: {type(config).__name__} has no {name.removeprefix('AutoModelFor')} model; "
+                "give num_labels for a classifier, or load it with transformers and attach to it"
+            )
+        model, info = auto.from_pretrained(
+            place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra
+        )
+    _check_complete(model, info, path, num_labels)
+    if "quantization_config" not in extra:
+        model.to(where)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base.
+
+    Raises:
+        ConfigError: there is none, or it wants to run its own code.
+    """
+    from transformers import AutoTokenizer
+
+    with _quiet(), _one_line(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(_place(path), trust_remote_code=False)
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The base's config, without its weights.
+
+    Raises:
+        ConfigError: a missing folder, no config.json, or a config that cannot be read.
+    """
+    from transformers import AutoConfig
+
+    place = _place(path)
+    if _local(place):
+        if not Path(place).is_dir():
+            raise ConfigError(f"base {path}: no such folder; give a folder, a hub name, or 'embedded'")
+        if not (Path(place) / "config.json").is_file():
+            hint = "; it is an adapter, give its base" if (Path(place) / "adapter_config.json").is_file() else ""
+            raise ConfigError(f"base {path}: no config.json in the folder{hint}")
+    with _quiet(), _one_line(path):
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+
+
+def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """The longest input in tokens that the model takes, or None if nothing says so."""
+    text = config.get_text_config()
+    known = []
+    if not hasattr(text, "relative_attention_num_buckets"):
+        known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    if tokenizer is not None and tokenizer.model_max_length < 10**9:
+        known.append(tokenizer.model_max_length)
+    return min((int(length) for length in known if isinstance(length, int) and length > 0), default=None)
+
+
+def computes_bf16(device: str | torch.device = "cpu") -> bool:
+    """Whether the device has instructions for bf16, so that it is no slower than fp32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.10
+    if found:
+        return any(bool(found.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    flags = Path("/proc/cpuinfo")
+    words = set(flags.read_text(errors="replace").split()) if flags.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device: unknown device {device!r}; use cpu, cuda or cuda:0") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {device} is asked for, but this machine has no GPU that torch can use; use cpu")
+    return found
+
+
+def _place(path: str | Path) -> str:
+    """What transformers is given: the packaged folder for the embedded names."""
+    if str(path) in EMBEDDED:
+        return str(resources.files("graft") / "assets" / "base")
+    return str(Path(path).expanduser()) if _local(str(path)) else str(path)
+
+
+def _local(path: str) -> bool:
+    """Whether this is a folder and not a hub name: it exists, or it cannot be a hub name."""
+    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _refuse_pickles(place: str, path: str | Path) -> None:
+    folder = Path(place)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(folder.glob(kind))]
+    what = f"only pickled weights ({pickles[0]}); convert them to safetensors" if pickles else "no *.safetensors in it"
+    raise ConfigError(f"base {path}: {what}")
+
+
+def _class_name(config: PretrainedConfig, num_labels: int | None) -> tuple[str, dict[str, Any]]:
+    """The auto class, and what it is given beside the precision."""
+    if num_labels is not None:
+        if num_labels < 1:
+            raise ConfigError(f"num_labels: at least 1, not {num_labels}")
+        return "AutoModelForSequenceClassification", {"num_labels": num_labels}
+    kind = next(iter(config.architectures or ()), "")
+    for ending, name in _CLASSES.items():
+        if kind.endswith(ending):
+            return name, {}
+    return ("AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"), {}
+
+
+def _precision(precision: str, device: torch.device) -> dict[str, Any]:
+    fast = torch.bfloat16 if computes_bf16(device) else torch.float32
+    if precision in ("auto", *_DTYPES):
+        return {"dtype": _DTYPES.get(precision, fast)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"precision {precision}: bitsandbytes is not installed; pip install 'graftlm[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=fast,
+        )
+    return {"quantization_config": quantization, "device_map": {"": str(device)}, "dtype": fast}
+
+
+def _check_complete(model: PreTrainedModel, info: dict[str, Any], path: str | Path, num_labels: int | None) -> None:
+    """transformers fills what a checkpoint lacks with random numbers; only a new classifier's head may be new."""
+    inside = f"{model.base_model_prefix}."
+    absent = sorted([*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])])
+    missing = [key for key in absent if num_labels is None or key.startswith(inside)]
+    pooler = [key for key in missing if num_labels is not None and ".pooler." in key]
+    if len(missing) > len(pooler):
+        raise ConfigError(
+            f"base {path}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first is "
+            f"{missing[0]}; it is incomplete or of another kind"
+        )
+    if pooler:
+        warnings.warn(f"base {path}: the checkpoint has no pooler; it stays random, and frozen", stacklevel=3)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, load reports or warnings of transformers; what matters is checked here."""
+    import logging as python_logging
+
+    from transformers.utils import logging
+
+    hub = python_logging.getLogger("huggingface_hub")
+    level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.level
+    logging.set_verbosity_error()
+    hub.setLevel(python_logging.ERROR)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_line(path: str | Path, what: str = "base") -> Iterator[None]:
+    """Turn what transformers, safetensors and the hub raise into one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a dozen unrelated classes: OSError, ValueError, SafetensorError, hub errors
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in text:
+            text = "it needs code from its own repository, which is never run; use a model that transformers has"
+        elif isinstance(error, OSError) and not Path(path).expanduser().exists():
+            text = f"neither a folder here nor on the hub, or the hub cannot be reached ({text[:120]})"
+        raise ConfigError(f"{what} {path}: {text[:300]}") from error

@@ -1,0 +1,141 @@
+"""Losses, labels and scores of entries side by side, against the model's own loss and against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from speaking import adapted, rows_of, speaking
+from transformers import PreTrainedTokenizerBase
+
+import graft
+from graft.data.rows import Row
+from graft.data.template import Template
+from graft.errors import ConfigError, DataError
+from graft.evaluate.run import evaluate, examine
+
+PLAIN = Template(kind="plain")
+
+
+def own_loss(model: Any, tokenizer: Any, rows: list[Row], template: Template, entry: Any) -> float:
+    """The mean token loss by the model's own loss function, row by row without padding."""
+    graft.use(model, entry)
+    total, tokens = 0.0, 0
+    for example in template.examples(rows, tokenizer):
+        batch = {"input_ids": torch.tensor([example.input_ids]), "labels": torch.tensor([example.labels])}
+        batch = graft.prepare(model, batch)
+        count = int((batch["labels"] != -100).sum())
+        with torch.no_grad():
+            total += float(model(**batch).loss) * count
+        tokens += count
+    return total / tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_losses_equal_the_models_own(name: str, tokenizer: PreTrainedTokenizerBase, prompts: list[Row]) -> None:
+    model = adapted(speaking(name), lora=graft.LoRA(targets="all-linear"), soft=graft.PromptTuning(length=3))
+    template = Template(kind="plain", mode="seq2seq" if model.config.is_encoder_decoder else "causal")
+    entries = [None, "lora", "soft"]
+    found = evaluate(model, tokenizer, prompts, template, entries, ["perplexity", "loss"], batch_size=2)
+    for label, entry in zip(["base", "lora", "soft"], entries, strict=True):
+        expected = own_loss(model, tokenizer, prompts, template, entry)
+        assert found[label]["loss"] == pytest.approx(expected, abs=1e-5)
+        assert found[label]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert len({round(scores["loss"], 4) for scores in found.values()}) == 3
+
+
+def test_labels_by_the_likelihood_of_their_words(tokenizer: PreTrainedTokenizerBase, labelled: list[Row]) -> None:
+    model = adapted(speaking("llama"), 2.0, a=graft.LoRA(targets="all-linear"))
+    template = Template(kind="plain").fit(labelled, tokenizer)
+    found = examine(model, tokenizer, labelled, template, [None, "a"], ["accuracy", "macro_f1"], batch_size=2)
+    for label, entry in {"base": None, "a": "a"}.items():
+        brute = []
+        for row in labelled:
+            scores = {}
+            for word in ("negative", "positive"):
+                one = [dataclasses.replace(row, label=word)]
+                example = template.examples(one, tokenizer)[0]
+                trained = sum(token != -100 for token in example.labels)
+                scores[word] = -trained * own_loss(model, tokenizer, one, template, entry)
+            brute.append(max(scores, key=lambda word: scores[word]))
+        assert found.answers[label] == brute
+        right = sum(chosen == row.label for chosen, row in zip(brute, labelled, strict=True)) / 5
+        assert found.scores[label]["accuracy"] == pytest.approx(right)
+    assert found.answers["base"] != found.answers["a"]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_cls"])
+def test_a_classification_head(name: str, tokenizer: PreTrainedTokenizerBase, labelled: list[Row]) -> None:
+    model = adapted(speaking(name, num_labels=2), a=graft.LoRA())
+    template = Template(mode="classification", label_names=("negative", "positive"))
+    found = examine(model, tokenizer, labelled, template, [None, "a"], batch_size=2)
+    for label, entry in {"base": None, "a": "a"}.items():
+        graft.use(model, entry)
+        chosen, losses = [], []
+        for row in labelled:
+            with torch.no_grad():
+                logits = model(**tokenizer(row.text, return_tensors="pt")).logits[0]
+            chosen.append(("negative", "positive")[int(logits.argmax())])
+            losses.append(-float(logits.log_softmax(-1)[("negative", "positive").index(str(row.label))]))
+        assert found.answers[label] == chosen
+        assert found.scores[label]["loss"] == pytest.approx(sum(losses) / 5, abs=1e-5)
+        assert set(found.scores[label]) == {"loss", "accuracy", "macro_f1"}
+    with pytest.raises(ConfigError, match="the head has 2 outputs and the data 3 labels"):
+        evaluate(model, tokenizer, labelled, Template(mode="classification", label_names=("negative", "positive", "x")))
+    with pytest.raises(ConfigError, match="writes no text"):
+        evaluate(model, tokenizer, labelled, template, metrics=["bleu"])
+
+
+def test_defaults_fit_the_rows(tokenizer: PreTrainedTokenizerBase, prompts: list[Row], tmp_path: Path) -> None:
+    model = speaking("llama")
+    scores = evaluate(model, tokenizer, prompts, PLAIN, max_new_tokens=3)["base"]
+    assert list(scores) == ["loss", "perplexity", "exact_match", "bleu", "rouge_l"]
+    text = rows_of(tmp_path, [{"text": "a cat"}, {"text": "a dog that ran"}])
+    assert list(evaluate(model, tokenizer, text, PLAIN)["base"]) == ["loss", "perplexity"]
+
+
+def test_all_references_count(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = speaking("llama")
+    bare = rows_of(tmp_path, [{"prompt": "a red house", "completion": "x"}])
+    says = examine(model, tokenizer, bare, PLAIN, metrics=["exact_match"], decoding=None).answers["base"][0]
+    assert says
+    rows = rows_of(tmp_path, [{"prompt": "a red house", "references": ["nothing", says]}])
+    assert evaluate(model, tokenizer, rows, PLAIN, metrics=["exact_match"]) == {"base": {"exact_match": 1.0}}
+
+
+def test_refusals_before_anything_runs(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = speaking("llama")
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(DataError, match="no rows to evaluate"):
+        evaluate(model, tokenizer, [], PLAIN)
+    with pytest.raises(ConfigError, match="did you mean 'rouge_l'"):
+        evaluate(model, tokenizer, prompts, PLAIN, metrics=["rouge"])
+    with pytest.raises(DataError, match="accuracy and macro_f1 need a 'label' column"):
+        evaluate(model, tokenizer, prompts, PLAIN, metrics=["accuracy"])
+    with pytest.raises(ConfigError, match="needs a template of mode 'causal', not 'seq2seq'"):
+        evaluate(model, tokenizer, prompts, Template(kind="plain", mode="seq2seq"))
+    with pytest.raises(DataError, match="plain text has no prompt"):
+        evaluate(model, tokenizer, rows_of(tmp_path, [{"text": "a"}]), PLAIN, metrics=["bleu"])
+
+
+def test_rows_longer_than_the_context(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = speaking("gpt2", n_positions=16)
+    rows = rows_of(tmp_path, [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "the cat sat " * 9}])
+    with pytest.raises(DataError, match=r"row 2: \d+ tokens, the context has 16"):
+        evaluate(model, tokenizer, rows, PLAIN, metrics=["loss"])
+    found = examine(model, tokenizer, rows, PLAIN, metrics=["loss"], truncate=True)
+    assert math.isfinite(found.scores["base"]["loss"])
+
+
+def test_progress_counts_every_row_of_every_entry(tokenizer: PreTrainedTokenizerBase, prompts: list[Row]) -> None:
+    model = adapted(speaking("llama"), a=graft.LoRA())
+    told: list[tuple[str, int, int]] = []
+    settings: dict[str, Any] = {"progress": lambda *now: told.append(now), "batch_size": 3}
+    examine(model, tokenizer, prompts, PLAIN, [None, "a"], ["loss"], **settings)
+    assert told == [("likelihoods", 6, 10), ("likelihoods", 10, 10)]
