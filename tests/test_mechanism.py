@@ -269,3 +269,23 @@ def test_a_tied_weight_is_only_merged_on_request() -> None:
     assert torch.allclose(model(**data).logits, adapted, atol=1e-4)
     graft.unmerge(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "t5", "bart"])
+def test_every_way_to_generate_gives_the_same_greedy_tokens(arch: str) -> None:
+    """With a dynamic cache, a static one and none, over rows with a prefix, a prompt, both and neither."""
+    model = tiny(arch)
+    data = {key: value for key, value in batch(arch).items() if key in ("input_ids", "attention_mask")}
+    data["input_ids"], data["attention_mask"] = data["input_ids"][:, :4], torch.ones_like(data["input_ids"][:, :4])
+    perturb(graft.attach(model, graft.PrefixTuning(length=3), "prefix"), 1, 0.3)
+    perturb(graft.attach(model, graft.PromptTuning(length=2), "prompt"), 2, 0.3)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with graft.route(model, ["prefix", "prompt", ("prefix", "prompt"), None]):
+        ready = graft.prepare(model, data)
+        expected = model.generate(**ready, **options)[:, -6:]
+        assert torch.equal(model.generate(**ready, **options, use_cache=False)[:, -6:], expected)
+        assert torch.equal(model.generate(**ready, **options, cache_implementation="static")[:, -6:], expected)
+        sampled = model.generate(**ready, **{**options, "do_sample": True}, num_return_sequences=3)
+        assert sampled.shape[0] == 12
+    assert len({tuple(row.tolist()) for row in expected}) > 1

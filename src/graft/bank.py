@@ -45,6 +45,7 @@ class Adapter(nn.Module):
         self.shared: nn.Module | None = None
         self.sites: dict[str, Site] = {}
         self.shift: dict[str, int] = {}
+        self.inputs: list[str] = []
         self.selected: dict[str, nn.Parameter] = {}
         self.other: dict[str, Tensor] = {}
         self.acting = False
@@ -84,6 +85,8 @@ class Adapter(nn.Module):
         delta.bind(self.shared)
         self.deltas[key_of(site.path)] = delta
         self.sites[site.path] = site
+        if isinstance(delta, InputDelta):
+            self.inputs.append(site.path)
         if isinstance(delta, AttentionDelta) and delta.shift:
             self.shift[site.stack] = max(delta.shift, self.shift.get(site.stack, 0))
 
@@ -142,8 +145,7 @@ class Bank(nn.Module):
 
     def prompts(self, entry: Entry) -> list[InputDelta]:
         """The soft prompts of an entry, in order."""
-        deltas = [delta for name, _ in entry for delta in self[name].deltas.values()]
-        return [delta for delta in deltas if isinstance(delta, InputDelta)]
+        return [self[name].at(path) for name, _ in entry for path in self[name].inputs]  # type: ignore[misc]
 
     def pools(self, entry: Entry) -> int:
         """1 if a pooler shall read the token behind the slots of this entry."""

@@ -20,7 +20,8 @@ IDS = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id":
 def speaking(name: str, **overrides: Any) -> Any:
     """`tiny(name)` with the tokenizer's vocabulary and special tokens."""
     start = {"decoder_start_token_id": 1} if name in ("t5", "mt5", "bart") else {}
-    return tiny(name, **{**IDS, **start, **overrides})
+    spread = {"bart": {"init_std": 0.3}, "llama": {"initializer_range": 0.2}}.get(name, {})  # so that inputs matter
+    return tiny(name, **{**IDS, **start, **spread, **overrides})
 
 
 def adapted(model: Any, noise: float = 0.5, **methods: Any) -> Any:

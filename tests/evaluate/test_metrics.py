@@ -41,7 +41,7 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_rouge_l_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(DataError, match="rouge_l: .*use bleu"):
+    with pytest.raises(DataError, match=r"rouge_l: .*use bleu"):
         metrics.rouge_l(["東京"], [["東京"]])
 
 

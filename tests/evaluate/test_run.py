@@ -50,20 +50,21 @@ def test_losses_equal_the_models_own(name: str, tokenizer: PreTrainedTokenizerBa
 
 def test_labels_by_the_likelihood_of_their_words(tokenizer: PreTrainedTokenizerBase, labelled: list[Row]) -> None:
     model = adapted(speaking("llama"), 2.0, a=graft.LoRA(targets="all-linear"))
-    template = Template(kind="plain").fit(labelled, tokenizer)
+    words = {"positive": "good", "negative": "bad"}  # one token each: neither wins by its length
+    template = Template.from_dict({"kind": "plain", "templates": ["{text}. This is"], "verbalizer": words})
     found = examine(model, tokenizer, labelled, template, [None, "a"], ["accuracy", "macro_f1"], batch_size=2)
     for label, entry in {"base": None, "a": "a"}.items():
         brute = []
         for row in labelled:
             scores = {}
-            for word in ("negative", "positive"):
+            for word in words:
                 one = [dataclasses.replace(row, label=word)]
                 example = template.examples(one, tokenizer)[0]
                 trained = sum(token != -100 for token in example.labels)
                 scores[word] = -trained * own_loss(model, tokenizer, one, template, entry)
-            brute.append(max(scores, key=lambda word: scores[word]))
+            brute.append(words[max(scores, key=lambda word: scores[word])])
         assert found.answers[label] == brute
-        right = sum(chosen == row.label for chosen, row in zip(brute, labelled, strict=True)) / 5
+        right = sum(chosen == words[str(row.label)] for chosen, row in zip(brute, labelled, strict=True)) / 5
         assert found.scores[label]["accuracy"] == pytest.approx(right)
     assert found.answers["base"] != found.answers["a"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch import Tensor, nn
-from twins import adapted, close, copy_into, data_of, far, inner, peft_twin
+from twins import adapted, close, copy_into, data_of, far, inner, lively, peft_twin
 
 import graft
 from graft import vocabulary
@@ -27,7 +27,7 @@ PLAIN = {
 @torch.no_grad()
 def scaled_by_hand(arch: str, adapter: Any) -> nn.Module:
     """The tiny model with every vector of the adapter multiplied into its weights."""
-    model = tiny(arch)
+    model = lively(arch)
     keys, values, inside = PLAIN[arch]
     seen = 0
     for path, module in model.named_modules():
@@ -46,13 +46,13 @@ def scaled_by_hand(arch: str, adapter: Any) -> nn.Module:
 @pytest.mark.parametrize("arch", sorted(PLAIN))
 def test_scales_rows_and_columns(arch: str) -> None:
     model, data = adapted(arch, graft.IA3(head=False)), data_of(arch)
-    far(model(**data).logits, tiny(arch)(**data).logits)
+    far(model(**data).logits, lively(arch)(**data).logits)
     close(model(**data).logits, scaled_by_hand(arch, model.adapters["a"])(**data).logits)
 
 
 def test_fused_queries_stay_as_they_are() -> None:
     model, data = adapted("gpt2", graft.IA3()), data_of("gpt2")
-    hand = tiny("gpt2")
+    hand = lively("gpt2")
     with torch.no_grad():
         for i, block in enumerate(hand.transformer.h):
             kv = model.adapters["a"].at(f"transformer.h.{i}.attn.c_attn").scale
@@ -93,7 +93,7 @@ def test_scaling_up_or_the_input_of_down_is_one_thing() -> None:
     """The product act(gate) * up is elementwise, so wi_1's output and wo's input take the same numbers."""
     data = data_of("llama")
     inside = adapted("llama", graft.IA3(targets=("ffn.down",)))
-    outside = tiny("llama")
+    outside = lively("llama")
     adapter = graft.attach(outside, graft.IA3(targets=("ffn.up",)))
     for i in range(2):
         adapter.at(f"model.layers.{i}.mlp.up_proj").scale.data.copy_(
@@ -171,7 +171,7 @@ def test_equals_peft(arch: str) -> None:
     for site, delta in model.adapters["a"].items():
         vector = inner(other, site.path).ia3_l["default"]
         copy_into(vector, delta.scale.view_as(vector))
-    far(model(**data).logits, tiny(arch)(**data).logits)
+    far(model(**data).logits, lively(arch)(**data).logits)
     close(model(**data).logits, other(**data).logits)
 
 

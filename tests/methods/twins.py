@@ -6,8 +6,9 @@ import warnings
 from typing import Any
 
 import torch
+import transformers
 from examples import perturb
-from tiny import batch, tiny
+from tiny import MODELS, batch, tiny
 from torch import Tensor, nn
 
 import graft
@@ -22,9 +23,16 @@ def data_of(name: str, labels: bool = False, rows: int = 3) -> dict[str, Tensor]
     return data
 
 
+def lively(name: str, **overrides: Any) -> Any:
+    """The tiny model with larger weights, so that what sits deep inside moves the logits visibly."""
+    config = getattr(transformers, MODELS[name][1])
+    spread = next((key for key in ("initializer_range", "init_std") if hasattr(config(), key)), None)
+    return tiny(name, **({spread: 0.2} if spread else {}), **overrides)
+
+
 def adapted(name: str, method: Method, *, seed: int = 1, peft_compat: bool = False, **overrides: Any) -> Any:
     """A tiny model with one adapter "a", all of whose parameters have moved."""
-    model = tiny(name, **overrides)
+    model = lively(name, **overrides)
     perturb(graft.attach(model, method, "a", peft_compat=peft_compat), seed, 0.3)
     return model
 
@@ -35,7 +43,7 @@ def peft_twin(name: str, config: Any, **overrides: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's own use of what transformers deprecates, and its notes on Conv1D
-        return peft.get_peft_model(tiny(name, **overrides), config).eval()
+        return peft.get_peft_model(lively(name, **overrides), config).eval()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graft.adapt import route, use
 from graft.bank import Bank
+from graft.base import context_length
 from graft.errors import ConfigError, DataError, RouteError
 from graft.routes import entry_of
 
@@ -112,17 +113,14 @@ def on_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
 
 
-def context_of(model: nn.Module, tokenizer: Any) -> int | None:
+def context_of(model: Any, tokenizer: Any) -> int | None:
     """The longest input that the model has positions for, less what prefixes take; None where there is no limit."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
+    limit = context_length(model.config, tokenizer)
+    if limit is None:
         return None
     bank = bank_or_none(model)
     shifts = [max(adapter.shift.values(), default=0) for adapter in bank] if bank is not None else []
-    # RoBERTa counts its positions from 2, and only its tokenizer says so.
-    return min(limit, tokenizer.model_max_length) - max(shifts, default=0)
+    return limit - max(shifts, default=0)
 
 
 def check_length(where: str, length: int, limit: int | None) -> None:

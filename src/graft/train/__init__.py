@@ -1,0 +1,1 @@
+"""Training: one YAML (`config`), on `transformers.Trainer` (`trainer`), from data to a saved adapter (`run`)."""
