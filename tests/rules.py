@@ -17,7 +17,7 @@ FLOORS = {
     0: ("errors", "weights", "vocabulary", "roles", "method"),
     1: ("routes", "hooks", "slots", "freeze", "bank", "attend", "adapt", "merging"),
     2: ("methods",),
-    3: ("base", "files*", "description"),
+    3: ("base", "files*", "probe", "description", "combining"),
     4: ("data",),
     5: ("train", "align", "evaluate", "plan"),
     6: ("compare", "serve", "page", "cli", "quickstart", "chat", "convert", "__main__"),

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from examples import perturb
-from tiny import batch, tiny
 
 import graft
+from examples import perturb
+from tiny import batch, tiny
 
 METHODS = [graft.LoRA(rank=3), graft.PrefixTuning(length=3), graft.PromptTuning(length=3)]
 
@@ -280,7 +280,7 @@ def test_every_way_to_generate_gives_the_same_greedy_tokens(arch: str) -> None:
     data["input_ids"], data["attention_mask"] = data["input_ids"][:, :4], torch.ones_like(data["input_ids"][:, :4])
     perturb(graft.attach(model, graft.PrefixTuning(length=3), "prefix"), 1, 0.3)
     perturb(graft.attach(model, graft.PromptTuning(length=2), "prompt"), 2, 0.3)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
     with graft.route(model, ["prefix", "prompt", ("prefix", "prompt"), None]):
         ready = graft.prepare(model, data)
         expected = model.generate(**ready, **options)[:, -6:]

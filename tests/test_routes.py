@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from examples import perturb
-from tiny import batch, tiny
 
 import graft
+from examples import perturb
 from graft.routes import Route, entry_of
+from tiny import batch, tiny
 
 CPU = torch.device("cpu")
 

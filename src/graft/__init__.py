@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from graft.adapt import attach, detach, prepare, route, use
     from graft.bank import Adapter
     from graft.base import load_base
+    from graft.combining import combine
     from graft.description import describe
     from graft.errors import (
         AdapterFileError,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from graft.files import load, save
-    from graft.merging import combine, merge, unmerge
+    from graft.merging import merge, unmerge
     from graft.methods.bottleneck import Bottleneck
     from graft.methods.full import FullFineTuning
     from graft.methods.head import Head
@@ -49,7 +50,7 @@ _HOMES = {
     "SiteError": "errors",
     "TrainingError": "errors",
     "attach": "adapt",
-    "combine": "merging",
+    "combine": "combining",
     "describe": "description",
     "detach": "adapt",
     "load": "files",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from graft import attend, freeze, roles, slots
 from graft.bank import Adapter, Bank, bank_of, key_of, known
@@ -14,11 +12,14 @@ from graft.method import Build, CopyDelta, Method, SelectMethod
 from graft.roles import Site
 from graft.routes import Route, entry_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FOREIGN: list[Callable[[Any], Method | None]] = []
 """Readers of other libraries' config objects; `graft.files` adds peft's."""
 
 
-def use(model: nn.Module, entry: Any) -> None:
+def use(model: PreTrainedModel, entry: Any) -> None:
     """Give every row the same entry until changed.
 
     Args:
@@ -36,7 +37,7 @@ def use(model: nn.Module, entry: Any) -> None:
     bank.refresh()
 
 
-class route:  # noqa: N801  a context manager that reads like a function
+class route:
     """Route the rows of a batch, or runs of flattened tokens, inside a `with` block.
 
     Args:
@@ -50,7 +51,11 @@ class route:  # noqa: N801  a context manager that reads like a function
     """
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[Any] | None = None, *, segments: Sequence[tuple[Any, int]] | None = None
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Any] | None = None,
+        *,
+        segments: Sequence[tuple[Any, int]] | None = None,
     ) -> None:
         self.bank = bank_of(model)
         if (rows is None) == (segments is None):
@@ -76,7 +81,7 @@ class route:  # noqa: N801  a context manager that reads like a function
 
 
 def attach(
-    model: nn.Module, method: Any, name: str = "default", *, peft_compat: bool = False, trainable: bool = True
+    model: PreTrainedModel, method: Any, name: str = "default", *, peft_compat: bool = False, trainable: bool = True
 ) -> Adapter:
     """Put a new adapter on the model; the first attach freezes the base.
 
@@ -122,7 +127,7 @@ def attach(
     return adapter
 
 
-def detach(model: nn.Module, name: str | None = None) -> None:
+def detach(model: PreTrainedModel, name: str | None = None) -> None:
     """Take one adapter, or all, off the model; after the last one it is the very same model as before.
 
     Raises:
@@ -148,7 +153,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         del model.adapters
 
 
-def prepare(model: nn.Module, batch: dict[str, Any], rows: Sequence[Any] | None = None) -> dict[str, Any]:
+def prepare(model: PreTrainedModel, batch: dict[str, Any], rows: Sequence[Any] | None = None) -> dict[str, Any]:
     """Put the slots of soft prompts into a batch.
 
     Args:
@@ -200,7 +205,7 @@ def _check(bank: Bank | None, method: Method, name: str) -> None:
         raise ConfigError(f"{which} trains the base itself and cannot stand beside other adapters; detach them first")
 
 
-def _made(model: nn.Module, method: Method, name: str, peft_compat: bool) -> Adapter:
+def _made(model: PreTrainedModel, method: Method, name: str, peft_compat: bool) -> Adapter:
     """The adapter with all its deltas; the model is not touched."""
     build = Build(model, peft_compat)
     adapter = Adapter(name, method, peft_compat=peft_compat)
@@ -224,7 +229,7 @@ def _made(model: nn.Module, method: Method, name: str, peft_compat: bool) -> Ada
     return adapter
 
 
-def _named(model: nn.Module, name: str) -> list[Site]:
+def _named(model: PreTrainedModel, name: str) -> list[Site]:
     """The modules of that name outside the bank, whatever their class."""
     found = [
         Site(path, "other", None, module, 0, 0)

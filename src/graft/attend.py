@@ -24,6 +24,8 @@ from graft.method import AttentionDelta
 from graft.roles import Site
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from graft.bank import Bank
 
 PREFIX = "graft_"
@@ -55,7 +57,7 @@ class Seat:
         self.bank = bank
         self.path = path
         self.deltas: dict[str, AttentionDelta] = {}
-        self.biased = [biased]  # in a list: a seat is no module and must not be walked as one
+        self.biased: list[Any] = [biased]  # in a list: a seat is no module and must not be walked as one
 
     def acts(self, entry: Any) -> tuple[str, ...]:
         return tuple(name for name, _ in entry if name in self.deltas)
@@ -196,12 +198,12 @@ def _biased(call: AttentionCall, length: int) -> Tensor:
     if source is None:
         return F.pad(bias, (length, 0))
     size = call.query_BHTD.shape[2]
-    extra = source.compute_bias(size, length, device=bias.device, past_seen_tokens=call.past + length)  # type: ignore[operator]
+    extra = source.compute_bias(size, length, device=bias.device, past_seen_tokens=call.past + length)
     extra = extra.to(bias.dtype).expand(bias.shape[0], -1, bias.shape[2], -1)
     return torch.cat([extra, bias], -1)
 
 
-def seat(model: nn.Module, bank: Bank, site: Site, name: str, delta: AttentionDelta) -> None:
+def seat(model: PreTrainedModel, bank: Bank, site: Site, name: str, delta: AttentionDelta) -> None:
     """Put an attention-level delta at an attention module.
 
     Raises:
@@ -216,7 +218,7 @@ def seat(model: nn.Module, bank: Bank, site: Site, name: str, delta: AttentionDe
     here.deltas[name] = delta
 
 
-def check(model: nn.Module, site: Site) -> None:
+def check(model: PreTrainedModel, site: Site) -> None:
     """Raise SiteError unless the attention of this site can take attention-level methods."""
     if not roles.uses_attention_interface(site.module):
         raise SiteError(
@@ -250,11 +252,11 @@ def install(model: nn.Module, bank: Bank) -> None:
             AttentionMaskInterface.register(PREFIX + kind, ALL_MASK_ATTENTION_FUNCTIONS[kind])
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for config in configs.values():
-        kind = getattr(config, "_attn_implementation", None)
-        if kind in TAKEN:
-            bank.attention.append((config, kind))
-    for config, kind in bank.attention:
-        config._attn_implementation = PREFIX + kind
+        now = getattr(config, "_attn_implementation", None)
+        if now in TAKEN:
+            bank.attention.append((config, now))
+    for config, old in bank.attention:
+        config._attn_implementation = PREFIX + old
 
 
 def uninstall(bank: Bank) -> None:

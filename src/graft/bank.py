@@ -7,7 +7,7 @@ and `detach` gives back the very same model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from graft.method import AttentionDelta, Delta, InputDelta, Method
 from graft.roles import Site
 from graft.routes import BASE, Entry, Route
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Where a forward's batch size is read, in this order."""
@@ -61,7 +63,7 @@ class Adapter(nn.Module):
         shared = getattr(self.shared, "saved_numel", None)
         if self.shared is not None and shared is None:
             shared = sum(p.numel() for p in self.shared.parameters())
-        own = sum(delta.saved_numel for delta in self.deltas.values())
+        own = sum(delta.saved_numel for _, delta in self.items())
         return own + (shared or 0) + sum(p.numel() for p in self.selected.values())
 
     def at(self, path: str) -> Delta:
@@ -108,7 +110,7 @@ class Bank(nn.Module):
         self.shifted = False
         self.hooks: dict[str, SiteHook] = {}
         self.handles: dict[str, list[RemovableHandle]] = {}
-        self.originals: dict[str, Tensor] | None = None
+        self.originals: list[Any] | None = None
         self.flags: dict[str, bool] = {}
         self.checkpointed: list[nn.Module] = []
         self.attention: list[tuple[Any, str]] = []
@@ -178,14 +180,14 @@ class Bank(nn.Module):
             self.batch = found.shape[0]
             if not self.asleep:
                 self.current.check(found)
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
         self.shifted = any(self[name].shift for name in self.current.names)
         self.slots.active = None
         if self.prompted and not self.asleep and kwargs.get("inputs_embeds") is not None:
             raise RouteError(
-                "a row has a soft prompt but the model got inputs_embeds; pass the input_ids of graft.prepare(model, batch)"
+                "a row has a soft prompt but the model got inputs_embeds; pass the input_ids that graft.prepare returns"
             )
         if root:
             freeze.replay_checkpoints(self)
@@ -232,7 +234,7 @@ class Bank(nn.Module):
         """Own a hook's handle, to remove it when the last adapter at this place goes."""
         self.handles.setdefault(path, []).append(handle)
 
-    def place(self, model: nn.Module, adapter: Adapter) -> None:
+    def place(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Install the hooks that an adapter's deltas need."""
         for site, delta in adapter.items():
             if isinstance(delta, AttentionDelta):
@@ -302,7 +304,7 @@ class Bank(nn.Module):
         """Remove whatever hook is left."""
         self._unhook(*list(self.handles))
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, model: PreTrainedModel) -> None:
         """Install the hooks that every model with a bank has."""
         watched: list[nn.Module] = [model]
         base = getattr(model, "base_model", model)
@@ -350,7 +352,7 @@ def known(bank: Bank, entry: Entry) -> Entry:
     return entry
 
 
-def _unweighted(delta: Delta) -> bool:
+def _unweighted(delta: nn.Module) -> bool:
     return isinstance(delta, AttentionDelta | InputDelta)
 
 

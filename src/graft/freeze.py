@@ -34,7 +34,7 @@ def thaw(model: nn.Module, bank: Bank) -> None:
 
 
 def replay_checkpoints(bank: Bank) -> None:
-    """Make each checkpointing function remember its route; they may have been set at any time since the last forward."""
+    """Make each checkpointing function remember its route; they may have been set since the last forward."""
     for module in bank.checkpointed:
         inner = module.__dict__.get("_gradient_checkpointing_func")
         if inner is None or isinstance(inner, Replayed) or not module.gradient_checkpointing:

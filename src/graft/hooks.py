@@ -69,10 +69,11 @@ class SiteHook:
 
     def _spanning(self, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         """As `after`, where some deltas read the input of another module instead of this one's."""
-        inputs = [args[0] if path == "" else self.taps[path].value for path in ("", *self.taps)]
-        if any(value is None for value in inputs):
-            missing = [path for path in self.taps if self.taps[path].value is None]
-            raise RouteError(f"{self.path}: the module {missing[0]} that its adapter reads did not run before it")
+        inputs = [args[0]]
+        for path, tap in self.taps.items():
+            if tap.value is None:
+                raise RouteError(f"{self.path}: the module {path} that its adapter reads did not run before it")
+            inputs.append(tap.value)
         new = self._map(self._run_after, (*inputs, y))
         for tap in self.taps.values():
             tap.value = None
@@ -156,7 +157,7 @@ class SlotHook:
         if not torch.compiler.is_compiling() and not slots.is_meta:
             full = slots.sum(-1) == rows_PD.shape[0]
             if not (bool(full.all()) if slots.dim() == 2 else int(slots.sum()) % rows_PD.shape[0] == 0):
-                raise RouteError("the batch was prepared for other rows than the route has; prepare it under that route")
+                raise RouteError("the batch was prepared for other rows than the route has; prepare it again")
         which = (slots.long().cumsum(-1) - 1).clamp(min=0) % rows_PD.shape[0]
         return torch.where(slots.unsqueeze(-1), rows_PD[which], emb)
 

@@ -105,7 +105,7 @@ def _refuse(
             part = weight * adapter.scale
             if isinstance(delta, CopyDelta) and part != 1.0 and any(site.module.children()):
                 raise MergeError(
-                    f"adapter {name!r} replaces {site.path}, which is not linear: it merges at weight 1 only, not {part}"
+                    f"adapter {name!r} replaces {site.path}, which is not linear: it merges at weight 1 only"
                 )
     for hook, module in hooks:
         if quantized(module):

@@ -56,6 +56,10 @@ class Delta(nn.Module):
         """The (O, I) change of the weight in fp32, or None if the change is not one of the weight."""
         return None
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A (R, I) and B (O, R) whose product B A is the whole change, or None if it is not of that form."""
+        return None
+
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """The weight and bias (fp32) with this delta merged in, or None if it cannot be merged."""
         delta_OI = self.weight_delta()

@@ -133,7 +133,7 @@ def _per_token(key: str, value: Any, ids_BT: Tensor) -> bool:
 
 def slot_token(config: Any) -> int:
     """An ordinary valid id that no model treats as special: the first that is not pad, bos, eos, ... ."""
-    special: set[int] = set()
+    special: set[Any] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "mask", "unk", "decoder_start", "forced_eos", "image"):
         value = getattr(config, f"{name}_token_id", None)
         special |= set(value) if isinstance(value, list | tuple) else {value}

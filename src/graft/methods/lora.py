@@ -175,6 +175,11 @@ class LoRADelta(Delta):
     def weight_delta(self) -> Tensor:
         return self.scale * (self.full_B().float() @ self.A.float())
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        if self.bias is not None or self.B_bias is not None:
+            return None
+        return self.A, self.scale * self.full_B()
+
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.bias is not None and bias_O is not None:
             bias_O = bias_O + (self.bias - self.site.module.bias.float())  # type: ignore[operator]
@@ -220,6 +225,9 @@ class EmbeddingLoRADelta(Delta):
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.B.float() @ self.A.float())
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.A, self.scale * self.B
 
 
 class BiasDelta(Delta):

@@ -45,7 +45,10 @@ def _method(value: Any) -> Method:
         return from_dict({"method": value})
     if not isinstance(value, dict):
         raise ConfigError(f"method: expected a name or settings, not {value!r}")
-    found = type(from_dict({"method": value.get("method")}))  # unknown names are refused here
+    import graft.methods  # noqa: F401  fills the registry
+
+    named = str(value.get("method")).replace("-", "_").lower()
+    found = next((cls for name, cls in REGISTRY.items() if named in (name, cls.__name__.lower())), Method)
     return from_dict({key: _typed(found, key, each) for key, each in value.items()})
 
 

@@ -1,12 +1,10 @@
-"""Which tensor of a folder belongs where, in peft's form and in our own, and the config beside them.
+"""The config beside an adapter's tensors: peft's wherever its form computes exactly the same, else our own.
 
-A `Slot` joins a tensor of the file to a place in the adapter; saving reads all slots, loading fills each exactly once.
-What peft's form cannot hold exactly is `Unheld`, with the reason, and is written in our own form. Fused linears of which
-an adapter changes some parts are written whole: LoRA as one pair of rank n r with a block-diagonal B and alpha scaled so
-that the factor stays the same, (IA)^3 with ones in the other rows. `graft.json` has the method, so that our own load
-takes the blocks out again, bit for bit.
+What peft's form cannot hold is `Unheld`, with the reason; it is never approximated. Fused linears of which an adapter
+changes some parts are written whole: LoRA as one pair of rank n r with alpha scaled so that the factor stays the same,
+(IA)^3 with ones in the other rows.
 
-Shape legend: I in, O out, R rank, V vocabulary, P virtual tokens, L layers, D width.
+Shape legend: R rank, P virtual tokens, L layers, D width.
 """
 
 from __future__ import annotations
@@ -14,26 +12,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graft import files_peft, hooks, roles
 from graft.bank import Adapter
 from graft.errors import AdapterFileError
-from graft.method import CopyDelta, Delta, Method
+from graft.method import CopyDelta, Method
 from graft.methods.ia3 import IA3, InputScaleDelta, OutputScaleDelta
-from graft.methods.lora import BiasDelta, EmbeddingLoRADelta, LoRA, LoRADelta
+from graft.methods.lora import EmbeddingLoRADelta, LoRA, LoRADelta
 from graft.methods.prefix import PrefixDelta, PrefixTable, PrefixTuning
 from graft.methods.prompt import PromptDelta, PromptTuning
-from graft.weights import is_embedding, weight_OI
+from graft.weights import is_embedding
 
 Config = dict[str, Any]
 FORMAT = 1
-ROOT = "base_model.model."
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -51,19 +46,6 @@ ALIASED = (
 
 class Unheld(Exception):
     """peft's form cannot hold this adapter exactly; the message says why."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of a folder: its shape, where its values come from and where they go; optional ones are not written."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    fill: Callable[[Tensor], Any]
-    optional: bool = False
-
-
-# ------------------------------------------------------------------------------------------------- configs
 
 
 def own_config(model: nn.Module, adapter: Adapter) -> Config:
@@ -241,59 +223,3 @@ def _text_config(model: nn.Module) -> Any:
 
 def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else float(value)
-
-
-# ------------------------------------------------------------------------------------------------- tensors
-
-
-def own_slots(adapter: Adapter) -> dict[str, Slot]:
-    """Our own form: parameters by site and name, what sites share once, and base parameters by their own names."""
-    slots = {name: _selected(adapter, name) for name in adapter.selected}
-    for site, delta in adapter.items():
-        for key, value in _state(delta).items():
-            slots[f"{ROOT}{site.path}.{key}"] = plain(value)
-    if isinstance(adapter.shared, PrefixTable):
-        slots["prompt_embeddings"] = _table(adapter.shared)
-    elif adapter.shared is not None:
-        for key, value in adapter.shared.state_dict(keep_vars=True).items():
-            slots[f"base_model.shared.{key}"] = plain(value)
-    return slots
-
-
-def peft_slots(model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
-    """peft's form. `config` is the folder's: its fields say how many rows a prompt has."""
-    virtual = config["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING")
-    root = "base_model." if virtual else ROOT
-    slots: dict[str, Slot] = {}
-    for site, delta in adapter.items():
-        slots |= {f"{root}{site.path}.{key}": slot for key, slot in _delta_slots(delta).items()}
-        if isinstance(delta, PromptDelta):
-            stacks = config.get("num_transformer_submodules") or (2 if roles.is_encoder_decoder(model) else 1)
-            slots["prompt_embeddings"] = _prompt(delta, stacks)
-    if isinstance(adapter.shared, PrefixTable):
-        _check_heads(adapter, config)
-        order = None
-        if roles.is_encoder_decoder(model) and not adapter.peft_compat:
-            order = [2 * i % len(adapter.sites_of(PrefixDelta)) for i in range(len(adapter.sites_of(PrefixDelta)))]
-        slots["prompt_embeddings"] = _table(adapter.shared, order)
-    if not virtual:
-        slots = _base_slots(model, adapter, config) | slots
-    return slots
-
-
-def _delta_slots(delta: Delta) -> dict[str, Slot]:
-    if isinstance(delta, LoRADelta):
-        pair = {"lora_A.weight": plain(delta.A), "lora_B.weight": _blocks(delta)}
-        if delta.B_bias is not None:
-            pair["lora_B.bias"] = _block_bias(delta)
-        return pair if delta.bias is None else pair | {"base_layer.bias": plain(delta.bias)}
-    if isinstance(delta, EmbeddingLoRADelta):
-        return {"lora_embedding_A": plain(delta.A), "lora_embedding_B": plain(delta.B)}
-    if isinstance(delta, InputScaleDelta):
-        return {"ia3_l": plain(delta.scale, (1, len(delta.scale)))}
-    if isinstance(delta, OutputScaleDelta):
-        return {"ia3_l": _scales(delta)}
-    if isinstance(delta, CopyDelta | BiasDelta):
-        return {key: plain(value) for key, value in _state(delta).items()}
-    assert isinstance(delta, PromptDelta | PrefixDelta), type(delta)
-    return {}
