@@ -15,9 +15,9 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 # Floor -> modules and folders at the top of the package. A new one must be put here.
 FLOORS = {
     0: ("errors", "weights", "vocabulary", "roles", "method"),
-    1: ("routes", "hooks", "slots", "freeze", "bank", "attend", "adapt", "merging"),
+    1: ("routes", "hooks", "slots", "freeze", "bank", "attend", "adapt"),
     2: ("methods",),
-    3: ("base", "files*", "probe", "description", "combining"),
+    3: ("base", "files*", "probe", "description", "combining", "merging"),
     4: ("data",),
     5: ("train", "align", "evaluate", "plan"),
     6: ("compare", "serve", "page", "cli", "quickstart", "chat", "convert", "__main__"),

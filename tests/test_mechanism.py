@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graft
-from examples import perturb
+from examples import label, perturb, routable
 from tiny import batch, tiny
 
 METHODS = [graft.LoRA(rank=3), graft.PrefixTuning(length=3), graft.PromptTuning(length=3)]
@@ -38,18 +38,21 @@ def test_what_is_in_use_compiles_without_graph_breaks(arch: str) -> None:
             assert torch.allclose(compiled(**ready).logits, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_fp32_adapters_train_over_a_bf16_base(method: Any) -> None:
-    model = tiny("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("method", routable("llama"), ids=label)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp32_adapters_train_over_a_bf16_base(method: Any, autocast: bool) -> None:
+    model = tiny("llama") if autocast else tiny("llama").to(torch.bfloat16)
     adapter = perturb(graft.attach(model, method))
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
-    out = model(**graft.prepare(model, batch("llama")))
+    perturb(graft.attach(model, graft.LoRA(), "other"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), graft.route(model, ["default", "other", None, None]):
+        out = model(**graft.prepare(model, batch("llama")))
     assert out.logits.dtype == torch.bfloat16
     out.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", routable("llama"), ids=label)
 def test_a_plain_loop_learns_one_batch(method: Any) -> None:
     torch.manual_seed(0)
     model = tiny("llama")
@@ -289,3 +292,15 @@ def test_every_way_to_generate_gives_the_same_greedy_tokens(arch: str) -> None:
         sampled = model.generate(**ready, **{**options, "do_sample": True}, num_return_sequences=3)
         assert sampled.shape[0] == 12
     assert len({tuple(row.tolist()) for row in expected}) > 1
+
+
+def test_a_merge_that_changes_the_logits_is_undone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    adapter = perturb(graft.attach(model, graft.LoRA(), "a"), size=0.3)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    wrong = type(adapter.at("model.layers.0.self_attn.q_proj"))
+    monkeypatch.setattr(wrong, "weight_delta", lambda self: torch.ones(self.B.shape[0], self.A.shape[1]))
+    with pytest.raises(graft.MergeError, match="does not compute"):
+        graft.merge(model, "a")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    graft.use(model, "a")

@@ -122,7 +122,7 @@ def computes_bf16(device: str | torch.device = "cpu") -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.10
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.10
     if found:
         return any(bool(found.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     flags = Path("/proc/cpuinfo")

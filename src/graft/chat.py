@@ -166,8 +166,3 @@ class Chat:
 def _holds_turns(template: Template) -> bool:
     return template.kind == "chat" and template.task is None
 
-
-def default_template(model: Any, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """For a base without an adapter that says more: its own chat template, or else the prompt as it is."""
-    mode = "seq2seq" if roles.is_encoder_decoder(model) else "causal"
-    return Template(kind="chat" if tokenizer.chat_template else "plain", mode=mode)

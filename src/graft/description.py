@@ -10,12 +10,16 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from graft import roles
 from graft.bank import Adapter, Bank
+from graft.base import load_config
+from graft.errors import ConfigError
 from graft.roles import Site
 from graft.vocabulary import container_of, layer_of
 from graft.weights import features, is_embedding, is_linear, quantized
@@ -199,6 +203,25 @@ def _notes(model: nn.Module, named: list[Site]) -> list[str]:
         return []
     kind = type(around[0].module).__name__
     return [f"{kind} bypasses transformers' attention interface, so methods inside attention refuse this model"]
+
+
+def skeleton(path: str | Path) -> Any:
+    """The model of a base on the meta device, from its config alone: sizes without weights.
+
+    Raises:
+        ConfigError: no config there, or one of which transformers has no model.
+    """
+    import transformers
+
+    config = load_config(path)
+    classes = [getattr(transformers, name, None) for name in config.architectures or ()]
+    kind = next((each for each in classes if each is not None), None)
+    try:
+        with torch.device("meta"):
+            return kind._from_config(config) if kind else transformers.AutoModel.from_config(config)
+    except (ValueError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"base {path}: no model can be built from its config ({why})") from error
 
 
 # The table: layers of equal make are shown once. ---------------------------------------------------------------------

@@ -1,1 +1,326 @@
-"""Adapter folders in and out."""
+"""Adapter folders in and out.
+
+A folder has `adapter_config.json` and `adapter_model.safetensors`, in peft's form wherever that computes exactly the
+same, and `graft.json` beside them, which peft ignores: the method, the prompt template, the sum of the tensor file, a
+fingerprint of the base and a probe. On loading every tensor is consumed exactly once, every field of the config is
+honoured or refused by name, and nothing of the model changes if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from graft import files_disk, files_forms, files_peft, files_tensors, freeze, probe, roles
+from graft.adapt import attach, detach
+from graft.bank import Adapter, bank_of, known
+from graft.errors import AdapterFileError, ConfigError, SiteError
+from graft.files_disk import CARD, CONFIG, TENSORS
+from graft.files_tensors import Slot
+from graft.method import CopyDelta, Method, from_dict
+
+log = logging.getLogger("graft")
+
+CARD_FIELDS = {"format_version", "graft_version", "method", "peft_compat", "template", "tensors_sha256"}
+CARD_FIELDS |= {"base", "probe"}
+CHECKS = ("error", "warn", "off")
+FORMS = ("auto", "peft")
+
+
+def save(
+    model: nn.Module,
+    name: str,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    template: dict[str, Any] | None = None,
+    form: str = "auto",
+) -> Path:
+    """Write one adapter into a folder of its own; a write that fails leaves everything as it was.
+
+    A prefix with an MLP is written expanded, as it is used after training. The dial `adapter.scale` is not part of it.
+
+    Args:
+        name: the adapter.
+        folder: made with its parents. It must not exist, or be empty.
+        overwrite: replace an adapter folder; other files in it stay.
+        template: the prompt template to store with it; None keeps the one it was loaded with.
+        form: "auto" takes peft's form where it computes exactly the same and our own elsewhere; "peft" insists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterFileError: the folder exists, a value is not finite, the model is merged, peft's form is asked and cannot
+            hold the adapter, or the disk refuses.
+        RouteError: no such adapter.
+    """
+    bank = bank_of(model)
+    known(bank, ((name, 1.0),))
+    folder = Path(folder)
+    if form not in FORMS:
+        raise ConfigError(f"form is one of {', '.join(FORMS)}, not {form!r}")
+    if bank.originals is not None:
+        raise AdapterFileError("the model is merged; call graft.unmerge before saving an adapter")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise AdapterFileError(f"{folder} exists; pass overwrite=True or take another folder")
+        if not (folder / CONFIG).is_file():
+            raise AdapterFileError(f"{folder} holds something else than an adapter and is not overwritten")
+    adapter = bank[name]
+    with torch.no_grad():
+        config, slots = _layout(model, adapter, form)
+        tensors = {key: slot.read().to("cpu").contiguous().clone() for key, slot in slots.items() if not slot.optional}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise AdapterFileError(f"adapter {name!r} is on the meta device and has no values to save")
+    files_disk.check_finite(tensors, f"adapter {name!r}")
+    card = _card(model, adapter, template)
+    with files_disk.replacing(folder) as new:
+        safetensors.torch.save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        card["tensors_sha256"] = files_disk.checksum(new / TENSORS)
+        files_disk.write_json(new / CONFIG, dict(sorted(config.items())))
+        files_disk.write_json(new / CARD, card)
+    return folder
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    check: str = "error",
+) -> Adapter:
+    """Attach the adapter of a folder, ours or peft's.
+
+    Args:
+        model: the base that the adapter was made for.
+        folder: with the two files, or with one sub-folder that has them (peft's for an adapter with a name).
+        name: what routes call it; None: the folder's own name.
+        trainable: whether it goes on training.
+        check: what to do if the stored fingerprint is of another base: "error", "warn" (log it) or "off".
+
+    Returns:
+        The adapter; `note` says if the base has another precision, `card` is what `graft.json` holds. A peft folder
+        comes in with `peft_compat=True`, a folder of ours with the method and flag that it was saved with.
+
+    Raises:
+        AdapterFileError: a file is missing, broken or a pickle; a tensor is too many, missing, of another shape or not
+            finite; a config field is not honoured; the base is another one.
+        ConfigError: the name is taken, or the model cannot take this adapter beside what is attached.
+    """
+    if check not in CHECKS:
+        raise ConfigError(f"check is one of {', '.join(CHECKS)}, not {check!r}")
+    folder = files_disk.find(Path(folder))
+    config, card = read_config(folder), read_card(folder)
+    tensors = files_disk.read_tensors(folder, card)
+    method, peft_compat, own = _method(model, folder, config, card)
+    note = _check_base(model, folder, card, check)
+    name = folder.resolve().name if name is None else name
+    with probe.random_kept(model):
+        start = dataclasses.replace(method, init="random") if hasattr(method, "tokenizer") else method  # type: ignore[call-arg]
+        try:
+            adapter = attach(model, start, name, peft_compat=peft_compat, trainable=trainable)
+        except SiteError as error:
+            raise AdapterFileError(f"{folder}: {error}") from error
+    try:
+        adapter.method = method
+        _take(model, adapter, folder, config, card, tensors, own)
+    except BaseException:
+        detach(model, name)
+        raise
+    adapter.requires_grad_(trainable)
+    adapter.note = note  # type: ignore[assignment]
+    adapter.card = card  # type: ignore[assignment]
+    return adapter
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """What `graft.json` of a folder says (method, template, base, probe); {} if the folder has none, as peft's.
+
+    Raises:
+        AdapterFileError: it is broken, of a newer format, or has a field that we do not know.
+    """
+    path = files_disk.find(Path(folder)) / CARD
+    if not path.exists():
+        return {}
+    card = files_disk.read_json(path)
+    _check_version(card, path)
+    for field, value in card.items():
+        if field not in CARD_FIELDS and not files_peft.empty(value):
+            raise AdapterFileError(f"{path}: field {field!r} is not known to this version of Graft")
+    if not isinstance(card.get("method"), dict):
+        raise AdapterFileError(f"{path}: it names no method; delete it to load the folder as peft's")
+    return card
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a folder.
+
+    Raises:
+        AdapterFileError: it is missing or broken.
+    """
+    folder = files_disk.find(Path(folder))
+    config = files_disk.read_json(folder / CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise AdapterFileError(f"{folder / CONFIG}: it has no peft_type, so it does not say which method this is")
+    return config
+
+
+def check_saved(model: nn.Module, name: str) -> float | None:
+    """Compare an adapter's logits with the probe in the folder that it was loaded from.
+
+    Returns:
+        The largest difference, as a share of the largest logit; None if there is no probe.
+
+    Raises:
+        AdapterFileError: they differ by more than the precision allows.
+    """
+    card: dict[str, Any] = getattr(bank_of(model)[name], "card", {})
+    return probe.check_probe(model, card.get("probe"), name)
+
+
+# ------------------------------------------------------------------------------------------------- saving
+
+
+def _layout(model: nn.Module, adapter: Adapter, form: str) -> tuple[dict[str, Any], dict[str, Slot]]:
+    try:
+        config = files_forms.peft_config(model, adapter)
+        return config, files_tensors.peft_slots(model, adapter, config)
+    except files_forms.Unheld as reason:
+        if form == "peft":
+            raise AdapterFileError(f"adapter {adapter.name!r} cannot be a peft folder: {reason}") from None
+        return files_forms.own_config(model, adapter), files_tensors.own_slots(adapter)
+
+
+def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -> dict[str, Any]:
+    whole = [site.path for site, delta in adapter.items() if isinstance(delta, CopyDelta)]
+    whole += [s.path for s in roles.task_heads(model) if any(n.startswith(f"{s.path}.") for n in adapter.selected)]
+    try:
+        logits = probe.probe(model, adapter.name)
+    except Exception as error:  # a trained adapter must not be lost because a model refuses a few plain tokens
+        log.warning("adapter %r is saved without a probe: %s", adapter.name, error)
+        logits = None
+    return {
+        "format_version": files_forms.FORMAT,
+        "graft_version": sys.modules["graft"].__version__,
+        "method": adapter.method.to_dict(),
+        "peft_compat": adapter.peft_compat,
+        "template": template if template is not None else getattr(adapter, "card", {}).get("template"),
+        "tensors_sha256": "",
+        "base": probe.fingerprint(model, tuple(whole)),
+        "probe": logits,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def _method(
+    model: nn.Module, folder: Path, config: dict[str, Any], card: dict[str, Any]
+) -> tuple[Method, bool, bool]:
+    """The method, whether it has peft's form, and whether the folder is in our own form."""
+    where = folder / CONFIG
+    own = "format_version" in config
+    if not own and not card:
+        return files_peft.method_of(config, model, str(where)), True, False
+    source = config if own else card
+    if own:
+        _check_version(config, where)
+    try:
+        method = from_dict(source["method"])
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise AdapterFileError(f"{where if own else folder / CARD}: method: {error}") from error
+    return method, bool(source.get("peft_compat", False)), own
+
+
+def _take(
+    model: nn.Module,
+    adapter: Adapter,
+    folder: Path,
+    config: dict[str, Any],
+    card: dict[str, Any],
+    tensors: dict[str, Tensor],
+    own: bool,
+) -> None:
+    """Fill the adapter with the folder's tensors, each exactly once."""
+    adapter.method.finish(adapter.shared)
+    freeze.ignore_on_save(model, bank_of(model))
+    if own or card:
+        _check_config(model, adapter, folder, config, card, own)
+    path = folder / TENSORS
+    slots = files_tensors.own_slots(adapter) if own else files_tensors.peft_slots(model, adapter, config)
+    for key, tensor in tensors.items():
+        if key not in slots:
+            raise AdapterFileError(f"{path}: {key} {tuple(tensor.shape)} has no place in this adapter or this model")
+        if tuple(tensor.shape) != slots[key].shape:
+            raise AdapterFileError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}, this model and config need {slots[key].shape}"
+            )
+    missing = [key for key, slot in slots.items() if key not in tensors and not slot.optional]
+    if missing:
+        raise AdapterFileError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    try:
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                slots[key].fill(tensor)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+
+
+def _check_config(
+    model: nn.Module, adapter: Adapter, folder: Path, config: dict[str, Any], card: dict[str, Any], own: bool
+) -> None:
+    """The config must say what the method of `graft.json` would write: neither may be edited alone."""
+    try:
+        expected = files_forms.own_config(model, adapter) if own else files_forms.peft_config(model, adapter)
+    except files_forms.Unheld as reason:
+        raise AdapterFileError(f"{folder / CARD}: does not belong to this peft folder: {reason}") from None
+    free = (files_peft.COMMON - {"peft_type"}) | files_peft.INERT
+    for field, value in config.items():
+        if field in free or (field not in expected and files_peft.empty(value)):
+            continue
+        if field not in expected or _plain(value, config) != _plain(expected[field], config):
+            raise AdapterFileError(
+                f"{folder / CONFIG}: field {field!r} = {value!r} is not what {CARD} says; delete {CARD} to load the "
+                "folder by its config alone"
+            )
+    if own and card and (card["method"], card.get("peft_compat")) != (config["method"], config["peft_compat"]):
+        raise AdapterFileError(f"{folder}: {CONFIG} and {CARD} describe different methods")
+
+
+def _plain(value: Any, config: dict[str, Any]) -> Any:
+    """Lists as sets, without the heads that peft adds by itself, and nothing as an empty one."""
+    if isinstance(value, list) or value is None:
+        return {str(item) for item in value or ()} - set(files_peft.HEADS.get(str(config.get("task_type")), ()))
+    return value
+
+
+def _check_base(model: nn.Module, folder: Path, card: dict[str, Any], check: str) -> str | None:
+    if check == "off" or not card.get("base"):
+        return None
+    try:
+        note = probe.check_base(model, card["base"])
+    except AdapterFileError as error:
+        if check == "error":
+            raise AdapterFileError(f"{folder}: {error}") from error
+        note = str(error)
+        log.warning("%s: %s", folder, error)
+    else:
+        if note:
+            log.info("%s: %s", folder, note)
+    return note
+
+
+def _check_version(data: dict[str, Any], path: Path) -> None:
+    if data.get("format_version") != files_forms.FORMAT:
+        raise AdapterFileError(
+            f"{path}: format_version {data.get('format_version')!r}, this version of Graft reads {files_forms.FORMAT}"
+        )

@@ -39,8 +39,8 @@ TASKS = {
 }
 INITS = {name: init for init, name in files_peft.INITS.items()}
 ALIASED = (
-    "peft gives decoder layer l the prefix slots (4l mod 2L, 4l+1 mod 2L), so that with an even number of layers L half "
-    "of them are never read; only a prefix trained with peft_compat=True has that form"
+    "peft gives decoder layer l the prefix slots (4l mod 2L, 4l+1 mod 2L), so that with an even number of layers L "
+    "half of them are never read; only a prefix trained with peft_compat=True has that form"
 )
 
 
@@ -111,9 +111,10 @@ def _ranks(method: LoRA, pairs: dict[str, LoRADelta | EmbeddingLoRADelta]) -> Co
         own = {re.escape(path): pairs[path].A.shape[0]}
         ranks = own | ranks
         alphas = {re.escape(path): _number(alpha * (math.sqrt(count) if method.rslora else count))} | alphas
-    if blocked and not method.rank_pattern and not method.alpha_pattern and len(blocked) == len(pairs):
-        if len({*ranks.values()}) == len({*alphas.values()}) == 1:
-            return {"r": [*ranks.values()][0], "lora_alpha": [*alphas.values()][0], "rank_pattern": {}, "alpha_pattern": {}}
+    # Where every module is blocked alike, numbers say it without a pattern for each.
+    if len(blocked) == len(pairs) and len({*ranks.values()}) == len({*alphas.values()}) == 1:
+        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        return {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
     return {"r": method.rank, "lora_alpha": _number(method.alpha), "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
@@ -189,8 +190,8 @@ def _names(model: nn.Module, config: Config, paths: Any, fed: set[str] | None = 
             found = files_peft.targeted(model, {**config, "target_modules": names})
         except AdapterFileError:
             continue
-        ends = _feeding(names, fed or set())
-        if found == set(paths) and {path for path in paths if any(path.endswith(end) for end in ends)} == (fed or set()):
+        ends = tuple(_feeding(names, fed or set()))
+        if found == set(paths) and {path for path in paths if path.endswith(ends)} == (fed or set()):
             return names
     raise Unheld("peft's rules cannot name exactly these modules")
 

@@ -24,13 +24,15 @@ from graft.weights import is_embedding, is_linear
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """The heads that peft adds to `modules_to_save` by itself, whether or not the model has them."""
-COMMON = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+COMMON = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+COMMON |= {"peft_version"}
 _LINEAR = {"target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"}
-_LORA = {"r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_rslora", "init_lora_weights", "layers_to_transform"}
+_LORA = {"r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_rslora", "init_lora_weights"}
+_LORA |= {"layers_to_transform", "rank_pattern", "alpha_pattern", "ensure_weight_tying", "layers_pattern"}
 _VIRTUAL = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads"}
 _PROMPT = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
 KNOWN = {
-    "LORA": _LINEAR | _LORA | {"rank_pattern", "alpha_pattern", "ensure_weight_tying"},
+    "LORA": _LINEAR | _LORA,
     "IA3": _LINEAR | {"feedforward_modules", "init_ia3_weights"},
     "PROMPT_TUNING": _VIRTUAL | _PROMPT | {"modules_to_save"},
     "PREFIX_TUNING": _VIRTUAL | {"encoder_hidden_size", "prefix_projection", "init_weights", "modules_to_save"},
@@ -174,7 +176,8 @@ READERS: dict[str, Callable[[Config, nn.Module | None], Method]] = {
 
 def _places(config: Config, model: nn.Module | None) -> dict[str, Any]:
     """`targets`, `exclude`, `layers`, `head` and `modules_to_save`: peft's own choice of modules, exactly."""
-    names, layers = config.get("target_modules"), config.get("layers_to_transform")
+    names: Any = config.get("target_modules")
+    layers: Any = config.get("layers_to_transform")
     out = _kept(config, model)
     if not empty(layers):
         out["layers"] = (layers,) if isinstance(layers, int) else tuple(layers)
@@ -250,11 +253,13 @@ def targeted(model: nn.Module, config: Config) -> set[str]:
     Raises:
         AdapterFileError: a name that fits no module (peft would ignore it), or one of a module that is no linear.
     """
-    names, modules = config.get("target_modules"), _modules(model)
+    names: Any = config.get("target_modules")
+    modules = _modules(model)
     if empty(names):
         raise AdapterFileError("target_modules is empty; the config must name the adapted modules")
     if isinstance(names, str) and names.lower() == roles.ALL_LINEAR:
-        out = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        getter: Any = getattr(model, "get_output_embeddings", None)
+        out = getter() if getter is not None else None
         found = {path for path, module in modules.items() if is_linear(module) and module is not out}
         heads = HEADS["SEQ_CLS"] if config.get("task_type") == "SEQ_CLS" else ()
         found -= set(heads)
@@ -266,7 +271,7 @@ def targeted(model: nn.Module, config: Config) -> set[str]:
     excluded, kept = config.get("exclude_modules") or [], _value(config, "modules_to_save", [], list)
     kept = [*kept, *HEADS.get(_text(config.get("task_type")), ())]
     found = {path for path in found if not _fits(path, excluded) and not _inside(path, kept)}
-    layers = config.get("layers_to_transform")
+    layers: Any = config.get("layers_to_transform")
     if not empty(layers) and not isinstance(names, str):
         layers = [layers] if isinstance(layers, int) else layers
         found = {path for path in found if (at := re.match(r".*?\.[^.]*\.(\d+)\.", path)) and int(at[1]) in layers}

@@ -32,7 +32,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a folder: its shape, where its values come from and where they go; optional ones are not written."""
+    """One tensor of a folder: its shape, where values come from and go to; optional ones are not written."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft import freeze
+from graft import freeze, probe
 from graft.bank import Bank, bank_of, known
-from graft.errors import MergeError
+from graft.errors import AdapterFileError, MergeError
 from graft.hooks import SiteHook
 from graft.method import CopyDelta, Delta
 from graft.routes import BASE, Entry, entry_of
-from graft.weights import quantized, set_weight_OI, weight_OI
+from graft.weights import is_embedding, is_linear, quantized, set_weight_OI, weight_OI
 
 TIED = ("error", "untie")
 
@@ -44,7 +44,8 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
         The model, which runs without any adapter until `unmerge`.
 
     Raises:
-        MergeError: a method that does not merge, a tied or quantized weight, or a model that is merged already.
+        MergeError: a method that does not merge, a tied or quantized weight, a model that is merged already, or merged
+            logits that differ from the unmerged ones.
         RouteError: an unknown name.
     """
     bank = bank_of(model)
@@ -57,6 +58,8 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
         raise MergeError("name at least one adapter to merge")
     hooks = _hooks(bank, chosen)
     _refuse(model, bank, chosen, hooks, into, tied)
+    dialled = {name: weight * bank[name].scale for name, weight in chosen}
+    before = probe.probe(model, dialled)
     freeze.select(model, bank, chosen)
     kept: list[Kept] = []
     try:
@@ -67,6 +70,11 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
         raise
     bank.originals = kept
     bank.asleep = True
+    try:
+        probe.check_probe(model, before, dialled)
+    except AdapterFileError as error:
+        unmerge(model)
+        raise MergeError(f"the merged model does not compute what the adapters did: {error}") from error
     return model
 
 
@@ -152,19 +160,29 @@ def _merge_site(
         if isinstance(delta, CopyDelta):
             for own, new in zip(module.parameters(), delta.copy.parameters(), strict=True):
                 own.data.copy_(new if weight == 1.0 else own.float() + weight * (new - own.float()))
-            continue
-        old_OI = weight_OI(module).float()
-        bias = getattr(module, "bias", None)
-        old_O = None if bias is None else bias.detach().float()
-        merged = delta.merged(old_OI, old_O)
+    rest = [(delta, weight) for delta, weight in acts if not isinstance(delta, CopyDelta)]
+    if not rest:
+        return
+    # All sums first, one write behind: deltas of biases look at the base's own bias.
+    matrix = is_linear(module) or is_embedding(module)
+    weight_now = weight_OI(module).float() if matrix else module.get_parameter("weight").float()
+    bias = getattr(module, "bias", None)
+    bias_now = None if bias is None else bias.detach().float()
+    for delta, weight in rest:
+        merged = delta.merged(weight_now, bias_now)
         if merged is None:
             raise MergeError(f"{path}: this adapter's change is not one of the weight and cannot be merged")
-        new_OI, new_O = merged
-        set_weight_OI(module, (old_OI + weight * (new_OI - old_OI) if weight != 1.0 else new_OI))
-        if new_O is not None and old_O is None:
-            module.bias = nn.Parameter((weight * new_O).to(module.weight.dtype), requires_grad=False)  # type: ignore[arg-type]
-        elif new_O is not None and old_O is not None:
-            bias.data.copy_(old_O + weight * (new_O - old_O))  # type: ignore[union-attr]
+        new_weight, new_bias = merged
+        weight_now = new_weight if weight == 1.0 else weight_now + weight * (new_weight - weight_now)
+        if new_bias is not None:
+            old = torch.zeros_like(new_bias) if bias_now is None else bias_now
+            bias_now = new_bias if weight == 1.0 else old + weight * (new_bias - old)
+    if matrix:
+        set_weight_OI(module, weight_now)
+    if bias_now is not None and bias is None:
+        module.bias = nn.Parameter(bias_now.to(module.weight.dtype), requires_grad=False)
+    elif bias_now is not None:
+        bias.data.copy_(bias_now)  # type: ignore[union-attr]
 
 
 @torch.no_grad()

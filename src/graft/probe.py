@@ -27,8 +27,10 @@ from graft.weights import quantized, weight_OI
 
 log = logging.getLogger("graft")
 
-FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-FIELDS += ("intermediate_size", "vocab_size", "hidden_act", "rope_theta", "max_position_embeddings")
+FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "hidden_act", "rope_theta", "max_position_embeddings"),
+)
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TOLERANCES = {"fp64": 1e-3, "fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "quantized": 0.25}
 """How far logits may lie apart, as a share of the largest one (at least of 1), coarsest last."""
@@ -227,7 +229,7 @@ def _start(model: nn.Module) -> int:
 
 
 def _base_tensors(model: nn.Module, without: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the base once, linears as (O, I) whatever their class, with the values of before selection."""
+    """Each parameter of the base once, dequantized, and as it was before a selection method trained it."""
     bank = getattr(model, "adapters", None)
     originals: dict[str, Tensor] = {}
     for adapter in bank if isinstance(bank, Bank) else ():

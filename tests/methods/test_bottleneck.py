@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from twins import adapted, close, data_of, far, lively
@@ -15,6 +14,7 @@ from twins import adapted, close, data_of, far, lively
 import graft
 from graft.bank import Adapter
 from graft.method import CopyDelta, from_dict
+from tiny import tiny
 
 # arch -> ends of the paths that Houlsby's adapters follow, the norm behind the feed-forward's sum, or the block's end.
 OUTPUTS = {
@@ -114,7 +114,9 @@ def block_norm(arch: str, path: str) -> str:
     return path.removesuffix(ENDS[arch]) + POST_NORM[arch]
 
 
-@pytest.mark.parametrize(("arch", "end"), [("llama", "mlp"), ("gpt2", "mlp"), ("t5", "DenseReluDense"), ("mixtral", "mlp")])
+@pytest.mark.parametrize(
+    ("arch", "end"), [("llama", "mlp"), ("gpt2", "mlp"), ("t5", "DenseReluDense"), ("mixtral", "mlp")]
+)
 def test_parallel_reads_the_normalized_input(arch: str, end: str) -> None:
     model, data = adapted(arch, graft.Bottleneck(size=5, kind="parallel", activation="relu")), data_of(arch)
     hand = lively(arch)

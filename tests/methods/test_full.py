@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny
 from twins import data_of, far
 
 import graft
+from tiny import tiny
 
 
 @pytest.mark.parametrize("arch", ["llama", "llama_tied", "gpt2", "bert", "mt5", "bart"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny
 from torch.nn import functional as F
 from twins import adapted, close, data_of, far, lively
 
 import graft
+from tiny import tiny
 
 
 @pytest.mark.parametrize(("arch", "head"), [("bert", "classifier"), ("llama_cls", "score"), ("gpt2_cls", "score")])

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor, nn
 from twins import adapted, close, copy_into, data_of, far, inner, lively, peft_twin
 
 import graft
 from graft import vocabulary
 from graft.method import Build, from_dict
+from tiny import tiny
 
 # arch -> (keys, values, feed-forward) by the end of their paths: scaled rows, scaled rows, scaled columns.
 PLAIN = {
@@ -156,7 +156,9 @@ def test_the_table_covers_pefts() -> None:
         ours, feedforward = vocabulary.PEFT_SCALED.get(kind, vocabulary.SCALED)
         asked = {part.get(name.removesuffix("_proj")) for name in names} - {None}
         if asked:
-            assert {f"attention.{name}" for name in asked} == set(ours) & {f"attention.{p}" for p in part.values()}, kind
+            assert {f"attention.{name}" for name in asked} == set(ours) & {f"attention.{p}" for p in part.values()}, (
+                kind
+            )
         inputs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind]
         assert bool(feedforward) == bool(set(inputs) - {"w2"}), kind
     assert set(vocabulary.PEFT_SCALED) <= set(targets)

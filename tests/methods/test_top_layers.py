@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor
 from twins import close, data_of, far, lively
 
 import graft
 from graft.method import Build
+from tiny import tiny
 
 # arch -> settings, and what trains: beginnings of parameter names.
 TRAINED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import transformers
-from examples import perturb
-from tiny import MODELS, batch, tiny
 from torch import Tensor, nn
 
 import graft
+from examples import perturb
 from graft.method import Method
+from tiny import MODELS, batch, tiny
 
 
 def data_of(name: str, labels: bool = False, rows: int = 3) -> dict[str, Tensor]:

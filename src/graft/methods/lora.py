@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft import roles
-from graft.errors import ConfigError
+from graft.errors import ConfigError, SiteError
 from graft.method import Build, Delta, Method, parameter
 from graft.roles import Site
-from graft.weights import is_embedding
+from graft.weights import is_embedding, is_linear
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "gaussian", "random")
@@ -88,6 +88,8 @@ class LoRA(Method):
             if self.lora_bias:
                 raise ConfigError(f"LoRA: lora_bias cannot be used on the embedding {site.path}; exclude it")
             return EmbeddingLoRADelta(site, rank, scale, self.init)
+        if not is_linear(site.module):
+            raise SiteError(f"{site.path}: LoRA acts on linears and embeddings, not {type(site.module).__name__}")
         parts = () if build.peft_compat else roles.parts_asked(site, self.targets)
         rows = [roles.part_rows(site, part, _config(build)) for part in parts]
         return LoRADelta(site, self, rank, scale, rows)
@@ -242,7 +244,8 @@ class BiasDelta(Delta):
         return y_BTO + (self.bias - self.base[0]).to(y_BTO.dtype)  # type: ignore[operator]
 
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight_OI, self.bias.float()
+        change = self.bias - self.base[0].float()  # type: ignore[operator]
+        return weight_OI, None if bias_O is None else bias_O + change
 
 
 def weight_of(site: Site) -> Tensor:

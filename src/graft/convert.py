@@ -1,0 +1,127 @@
+"""Adapters to other forms: peft's folder to ours and back, and a base with an adapter merged in to a plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft import probe
+from graft.base import load_base, load_config, load_tokenizer
+from graft.errors import AdapterFileError, ConfigError, MergeError
+from graft.evaluate.opening import default_template, template_of
+from graft.files import load, read_card, save
+from graft.files_disk import CARD
+from graft.merging import merge
+
+FORMS = ("graft", "peft")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def convert_adapter(source: str, output: str, *, base: str, to: str, device: str | None = None) -> Path:
+    """Write an adapter again in the other form; both compute exactly the same.
+
+    Args:
+        source: a folder, peft's or ours.
+        output: a folder that does not exist.
+        base: the base that the adapter was made for: its fingerprint and probe are checked, and stored in our form.
+        to: "graft" (peft's two files where peft has the method, and `graft.json`), or "peft" (the two files alone).
+
+    Raises:
+        AdapterFileError: the source is broken or for another base, peft's form cannot hold it (it says what), or the
+            output exists.
+        ConfigError: an unknown form or base.
+    """
+    if to not in FORMS:
+        raise ConfigError(f"--to: {to!r} is no form; use {' or '.join(FORMS)}")
+    _free(Path(output))
+    template = template_of(source)
+    model = load_base(base, precision=_stored_precision(base), device=device, num_labels=_labels(template))
+    adapter = load(model, source)
+    if card := read_card(source):
+        probe.check_probe(model, card.get("probe"), adapter.name)
+    if to == "graft":
+        chosen = template or default_template(model, load_tokenizer(base))
+        return save(model, adapter.name, output, template=chosen.to_dict())
+    with _written(Path(output)) as folder:
+        save(model, adapter.name, folder, form="peft")
+        (folder / CARD).unlink()
+    return Path(output)
+
+
+def merge_folder(
+    base: str, adapter: str, output: str, *, precision: str = "auto", untie: bool = False, device: str | None = None
+) -> float | None:
+    """Write the base with an adapter merged in, as a plain transformers folder with its tokenizer.
+
+    The folder is read back and its logits compared with the probe that was stored when the adapter was saved (for a
+    folder without one, with the adapter's logits before merging), and only then takes its name.
+
+    Args:
+        precision: of what is written; "auto" is the base's own.
+        untie: give a site that shares its weight with another one (a tied head) a weight of its own.
+
+    Returns:
+        The largest difference of the logits, as a share of the largest.
+
+    Raises:
+        MergeError: a method or a weight that cannot be merged, or logits that are not the adapter's.
+        AdapterFileError: a broken adapter, one for another base, or the output exists.
+    """
+    _free(Path(output))
+    template = template_of(adapter)
+    precision = _stored_precision(base) if precision == "auto" else precision
+    labels = _labels(template)
+    model = load_base(base, precision=precision, device=device, num_labels=labels)
+    loaded = load(model, adapter)
+    expected = read_card(adapter).get("probe") or probe.probe(model, loaded.name)
+    merge(model, loaded.name, tied="untie" if untie else "error")
+    if untie:
+        model.config.tie_word_embeddings = False
+    if template is not None and template.label_names:
+        model.config.id2label = dict(enumerate(template.label_names))
+        model.config.label2id = {name: number for number, name in enumerate(template.label_names)}
+    with _written(Path(output)) as folder:
+        model.save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
+        plain = load_base(str(folder), precision=precision, device=device)
+        try:
+            return probe.check_probe(plain, expected, None)
+        except AdapterFileError as error:
+            raise MergeError(f"{output} is not written, the merged model is another: {error}") from error
+
+
+def _labels(template: Any) -> int | None:
+    return len(template.label_names) if template is not None and template.mode == "classification" else None
+
+
+def _stored_precision(base: str) -> str:
+    """The precision of the checkpoint: converting and merging lose nothing and add nothing."""
+    return DTYPES.get(getattr(load_config(base), "dtype", None) or torch.float32, "fp32")
+
+
+def _free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AdapterFileError(f"{output} exists; take another folder")
+
+
+@contextlib.contextmanager
+def _written(output: Path) -> Iterator[Path]:
+    """A folder under another name that takes its own at the end, or vanishes."""
+    new = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.new"
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        if output.exists():
+            output.rmdir()  # it is empty: _free has looked
+        new.rename(output)
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise AdapterFileError(f"{output}: could not be written: {error}") from error
+        raise

@@ -1,0 +1,98 @@
+"""Trainer's checkpoints for adapters: the adapters alone, exact, and renamed into place when they are complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from graft import files
+from graft.train import state as states
+
+
+class SavingTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints hold the adapters that train: to use (a folder), and to go on (exact).
+
+    Optimizer, scheduler and random states are Trainer's own, which reads them with `weights_only=True`.
+    """
+
+    template: dict[str, Any] | None = None
+    newest: Path | None = None
+    """The checkpoint that this training wrote or read last."""
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save = self.control.should_save or best
+        return best
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapters that train, each as a folder of its own if there are several; no base, no pickled arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [adapter.name for adapter in states.trained(self.model)]
+        with states.same_random():
+            for name in names:
+                save_adapter(self.model, name, folder if len(names) == 1 else folder / name, self.template)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but under a temporary name until it is complete."""
+        folder = Path(self._get_output_dir(trial))
+        final = folder / f"{states.PREFIX}{self.state.global_step}"
+        partial = final.with_name(final.name + states.PARTIAL)
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+        if self.args.should_save:
+            states.write(self.model, partial / states.STATE)
+            best = self.state.best_global_step
+            if best:
+                self.state.best_model_checkpoint = str(folder / f"{states.PREFIX}{best}")
+            self._note_callbacks()
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():
+                states.remove(final)
+            os.replace(partial, final)
+            states.prune(folder, self.args.save_total_limit, best)
+        self.newest = final
+
+    def _note_callbacks(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, kept = type(callback).__name__, self.state.stateful_callbacks
+                if isinstance(kept.get(name), list):
+                    kept[name].append(callback.state())
+                else:
+                    kept[name] = callback.state()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.newest = Path(resume_from_checkpoint)
+        states.read(self.model, self.newest / states.STATE)
+
+    def _load_best_model(self) -> None:
+        states.read(self.model, Path(self.state.best_model_checkpoint or "") / states.STATE)
+
+
+def save_adapter(model: nn.Module, name: str, folder: Path, template: dict[str, Any] | None) -> None:
+    """`graft.save` into a folder that may hold other things, which stay."""
+    aside = folder.with_name(f"{folder.name}.{name}{states.PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    files.save(model, name, aside, template=template)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(aside.iterdir()):
+        os.replace(file, folder / file.name)
+    aside.rmdir()

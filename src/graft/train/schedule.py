@@ -1,0 +1,92 @@
+"""Which batches a run sees, from the first to the last: computed at once, so that to resume is to skip.
+
+Trainer resumes by counting batches of an epoch; packs differ in number from epoch to epoch. So the whole run is one
+list, and what Trainer calls an epoch is the run.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+from graft.data.collate import LengthGrouped
+
+
+class Schedule:
+    """All batches of a run, for `DataLoader(batch_sampler=...)`; a pure function of its arguments.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples in a batch; not used with `pack`.
+        accumulate: batches in one optimizer step, over all devices.
+        epochs, max_steps: how long; `max_steps`, in optimizer steps, wins.
+        pack: longest pack in tokens, or None for padded batches.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        epochs: float = 1.0,
+        max_steps: int | None = None,
+        seed: int = 0,
+        group: bool = True,
+        pack: int | None = None,
+    ) -> None:
+        self.lengths, self.batch_size, self.accumulate = lengths, batch_size, accumulate
+        source = LengthGrouped(lengths, batch_size, seed=seed, group=group, max_length=pack)
+        self.batches: list[list[int]] = []
+        self.ends: list[int] = []
+        """How many batches there are at the end of each epoch, the last one counted whole."""
+        wanted = math.inf if max_steps is None else max_steps * accumulate
+        while len(self.batches) < wanted and len(self.ends) < (math.inf if max_steps else math.ceil(epochs)):
+            source.set_epoch(len(self.ends))
+            self.batches += source.batches()
+            self.ends.append(len(self.batches))
+        if max_steps is None:
+            before = self.ends[-2] if len(self.ends) > 1 else 0
+            part = epochs - (len(self.ends) - 1)
+            wanted = before + math.ceil(part * (self.ends[-1] - before))
+        del self.batches[int(wanted) :]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-len(self.batches) // self.accumulate)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of the first epoch."""
+        return -(-self.ends[0] // self.accumulate)
+
+    def at(self, step: int) -> list[list[int]]:
+        """The batches of optimizer step `step`, from 0, as example numbers."""
+        return self.batches[step * self.accumulate : (step + 1) * self.accumulate]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of optimizer step `step`, without padding."""
+        return sum(self.lengths[i] for batch in self.at(step) for i in batch)
+
+    def epoch(self, step: int) -> float:
+        """How many epochs are done after `step` optimizer steps."""
+        done = min(step * self.accumulate, len(self.batches))
+        number = bisect_right(self.ends, done)
+        if number == len(self.ends):
+            return float(number)
+        start = self.ends[number - 1] if number else 0
+        return number + (done - start) / (self.ends[number] - start)
+
+    def longest(self) -> list[int]:
+        """The batch that needs most memory: rows times the longest row."""
+        return max(self.batches, key=lambda batch: len(batch) * max(self.lengths[i] for i in batch))

@@ -1,0 +1,394 @@
+"""`transformers.Trainer` with routes, soft prompts and adapter checkpoints.
+
+What Trainer lacks for adapters, and nothing else: *the adapter is a column of the batch*; checkpoints hold adapters and
+are renamed into place; a loss that is not finite stops the run before it touches the adapter; the loss of an
+evaluation is the mean over tokens.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from graft.adapt import prepare, route
+from graft.bank import bank_of
+from graft.errors import TrainingError
+from graft.method import Delta
+from graft.train import state as states
+from graft.train.saving import SavingTrainer
+from graft.train.schedule import Schedule
+
+COLUMNS = ("adapter", "segments")
+NAMED = 20
+"""Rows that an error names."""
+
+
+class GraftTrainer(SavingTrainer):
+    """`transformers.Trainer` for an attached model; it takes the same arguments.
+
+    A data set may have an `adapter` column, a batch an `adapter` list (one entry per row) or `segments`, (entry,
+    length) for each run of tokens of a packed batch; a batch that names nothing gets what is in use. `save_model` writes
+    the adapters that train: one as a folder that `graft.load` and peft read, several as one folder each.
+
+    Args:
+        template: stored with the adapter (see `graft.save`).
+        schedule: all batches of the run, instead of Trainer's own sampler; the train set is then a list.
+        eval_collator: the collator for evaluation, if it is not `data_collator`.
+        autocast: run forwards under autocast to this dtype.
+
+    Raises:
+        RouteError: the model has no adapters.
+        TrainingError: while training, a loss or gradient that is not finite, or too little memory.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        template: dict[str, Any] | None = None,
+        schedule: Schedule | None = None,
+        eval_collator: Callable[..., Any] | None = None,
+        autocast: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        bank_of(model)
+        args = copy.copy(args) if args is not None else TrainingArguments(output_dir="tmp_trainer", report_to="none")
+        args.logging_nan_inf_filter = False  # a loss that is not finite is an error here, never smoothed away
+        self.template, self.schedule, self.autocast = template, schedule, autocast
+        use_cache = getattr(model.config, "use_cache", None)
+        with _trains_quantized(model):
+            super().__init__(model, args, *positional, **kwargs)
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # Trainer changes the user's model; our batches say use_cache instead
+        self.data_collator: Callable[..., Any] = _KeepAdapters(self.data_collator)
+        self.eval_collator = None if eval_collator is None else _KeepAdapters(eval_collator)
+        # Of the losses in transformers, those of causal models divide by the count of the whole step; classifiers and
+        # encoder-decoders take the argument and ignore it, and Trainer then multiplies their gradients by accumulation.
+        self.counts_items = self._loss_shifts_labels or self.compute_loss_func is not None
+        self.current_gradient_accumulation_steps = 1
+        self.losses: list[Tensor] = []
+        self.before_step = states.random_states()
+        self.start: dict[str, Tensor] = {}
+
+    # Batches.
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.schedule is None:
+            return super().get_train_dataloader()
+        loader: DataLoader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.schedule,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        train_collator = self.data_collator
+        self.data_collator = self.eval_collator or train_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*(self._signature_columns or ()), *COLUMNS]  # else Trainer drops them
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        slotted = [self.with_slots(batch) for batch in batches]
+        if any(new is not old for new, old in zip(slotted, batches, strict=True)):
+            items = self._get_num_items_in_batch(slotted, device)
+        return slotted, items
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self.with_slots(inputs), *args, **kwargs)
+
+    def with_slots(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the slots of its rows' soft prompts; itself if there are none."""
+        bank = bank_of(self.model)
+        if not any(bank.prompts(((name, 1.0),)) for name in bank.names):
+            return batch
+        if batch.get("segments") is not None:
+            raise TrainingError("soft prompts cannot be packed yet; turn packing off")
+        return prepare(self.model, batch, self._entries(batch.get("adapter")))
+
+    def routed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
+        """The inputs of the model without our columns, and the route that they ask for."""
+        plain = {key: value for key, value in inputs.items() if key not in COLUMNS}
+        if _takes_cache(type(self.model)):
+            plain["use_cache"] = False
+        segments = inputs.get("segments")
+        if segments is not None:
+            entries = self._entries([entry for entry, _ in segments])
+            if entries is None and any(adapter.selected for adapter in bank_of(self.model)):
+                return plain, contextlib.nullcontext()  # what trains the base itself cannot be routed, and need not be
+            entries = entries or [dict(bank_of(self.model).used)] * len(segments)
+            return plain, route(self.model, segments=[(e, n) for e, (_, n) in zip(entries, segments, strict=True)])
+        entries = self._entries(inputs.get("adapter"))
+        return plain, contextlib.nullcontext() if entries is None else route(self.model, entries)
+
+    def _entries(self, rows: Sequence[Any] | None) -> Sequence[Any] | None:
+        """The entries of a batch; None for what is in use, which is what rows mean that all name nothing."""
+        return None if rows is None or all(row is None for row in rows) else rows
+
+    # The loss.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs, routing = self.routed(inputs)
+        share: Any = None
+        if num_items_in_batch is not None and not self.counts_items:
+            world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            here = self._get_num_items_in_batch([inputs], self.args.device)
+            share = here / num_items_in_batch * world
+            num_items_in_batch = None
+        with routing:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if share is not None:
+            loss = loss * share
+        if model.training:
+            loss = self._with_penalties(loss)
+            if not loss.requires_grad:
+                raise TrainingError("nothing that trains acts on this batch; graft.use an adapter that trains")
+        return (loss, outputs) if return_outputs else loss
+
+    def _with_penalties(self, loss: Tensor) -> Tensor:
+        """The loss of a batch with its part of the adapters' penalties, which count once in a step."""
+        for adapter in states.trained(self.model):
+            for _, delta in adapter.items():
+                penalty = delta.penalty() if type(delta).penalty is not Delta.penalty else None
+                if penalty is not None:
+                    loss = loss + penalty / self.current_gradient_accumulation_steps
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if not self.losses:
+            self.before_step = states.random_states()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
+        return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, dtype=self.autocast)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """No weight decay on vectors: biases, norms, gates, scales."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Zero: Trainer would walk all parameters for it at every step."""
+        return 0
+
+    # What must not happen.
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, as Trainer has it; it is asked right before the optimizer's step, so a bad gradient stops here."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, self.losses = self.losses, []
+        total = torch.stack(losses).sum()
+        if getattr(self.accelerator, "scaler", None) is None:  # a scaler skips steps whose gradients overflow
+            total = total + norm
+        if not math.isfinite(float(total)):
+            self._stop_not_finite([float(loss) for loss in losses])
+        return norm
+
+    def _stop_not_finite(self, losses: list[float]) -> None:
+        """Give back the last good state and say which rows were in the batch.
+
+        Raises:
+            TrainingError: always.
+        """
+        step = self.state.global_step
+        self.model.zero_grad()
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        what = f"loss is {losses[bad[0]]}" if bad else "gradient is not finite"
+        rows = self._rows(step, bad or range(len(losses)))
+        if states.finite(self.model):
+            kept = self._keep_state(step)
+        elif self.newest is not None:
+            states.read(self.model, self.newest / states.STATE)
+            kept = f"the adapter is as in {self.newest}"
+        else:
+            states.put(self.model, self.start, "the start")
+            kept = "the adapter is as it was at the start"
+        raise TrainingError(
+            f"step {step + 1}: the {what} on the batch {rows}; {kept}; look at these rows, lower train.lr, or set "
+            "precision fp32"
+        )
+
+    def _keep_state(self, step: int) -> str:
+        """Save the state before the bad step, if checkpoints are wanted, and say where."""
+        kept = f"the adapter is as after step {step}"
+        if step == 0 or str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
+            return kept
+        if self.newest is None or states.step_of(self.newest) != step:
+            states.set_random_states(self.before_step)
+            self._save_checkpoint(self.model, None)
+        return f"{kept} ({self.newest})"
+
+    def _rows(self, step: int, batches: Sequence[int]) -> str:
+        """Where the rows of these batches of a step come from."""
+        if self.schedule is None:
+            return f"{', '.join(str(i + 1) for i in batches)} of the step"
+        at = self.schedule.at(step)
+        rows = [self.train_dataset[i].row for n in batches for i in at[n]]
+        by_source: dict[str, list[str]] = {}
+        for row in rows[:NAMED]:
+            by_source.setdefault(row.source, []).append(str(row.index))
+        named = "; ".join(f"{source} rows {', '.join(numbers)}" for source, numbers in by_source.items())
+        return f"of {named}" + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+
+    def dry_run(self) -> None:
+        """Try the longest batch of the schedule, forward and backward, and leave no trace.
+
+        Raises:
+            TrainingError: it does not fit into memory.
+        """
+        assert self.schedule is not None
+        batch = self.data_collator([self.train_dataset[i] for i in self.schedule.longest()])
+        parameters = [p for adapter in states.trained(self.model) for p in adapter.parameters()]
+        gradients = [p.grad for p in parameters]
+        buffers = [(b, b.clone()) for adapter in states.trained(self.model) for b in adapter.buffers()]
+        mode = self.model.training
+        with states.same_random(), _memory(self.args, len(self.schedule.longest())):
+            try:
+                self.model.train()
+                inputs = self._prepare_inputs(self.with_slots(batch))
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, inputs)
+                loss.backward()
+            finally:
+                self.model.train(mode)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a lack of memory is a TrainingError with advice."""
+        self.start, self.newest, self.losses = states.starting(self.model), None, []
+        states.sweep(Path(self.args.output_dir))
+        try:
+            with _memory(self.args, self.args.per_device_train_batch_size):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.start, self.is_in_train = {}, False
+
+    # Evaluation.
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's where predictions are wanted; else the mean loss over tokens (Trainer's is over batches)."""
+        if not prediction_loss_only or self.compute_metrics is not None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self.model.eval()
+        sums = torch.zeros(4, dtype=torch.float64)  # loss times items, items, right answers, rows
+        for batch in dataloader:
+            inputs = self._prepare_inputs(self.with_slots(batch))
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
+            count = float(items) if items is not None else 1.0
+            labels = inputs.get("labels")
+            right, rows = 0.0, 0.0
+            if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
+                right, rows = float((outputs["logits"].argmax(-1) == labels).sum()), float(len(labels))
+            sums += torch.tensor([float(loss) * count, count, right, rows], dtype=torch.float64)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).double().cpu()
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
+        if sums[3]:
+            metrics[f"{metric_key_prefix}_accuracy"] = float(sums[2] / sums[3])
+        size = len(dataloader.dataset)  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=size)
+
+
+@dataclass
+class _KeepAdapters:
+    """A collator that hands the `adapter` column of its rows on as a list, which no other collator does."""
+
+    inner: Callable[..., Any]
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        if not any(isinstance(feature, Mapping) and "adapter" in feature for feature in features):
+            return self.inner(features)
+        names = [feature.get("adapter") for feature in features]
+        batch = self.inner([{key: f[key] for key in f if key != "adapter"} for f in features])
+        return {**batch, "adapter": names}
+
+
+@functools.cache
+def _takes_cache(kind: type[nn.Module]) -> bool:
+    return "use_cache" in inspect.signature(kind.forward).parameters
+
+
+@contextlib.contextmanager
+def _trains_quantized(model: Any) -> Iterator[None]:
+    """Trainer takes a quantized base only with peft's mark on it; it has it while Trainer looks, and no longer."""
+    mark = "_hf_peft_config_loaded"
+    marked = getattr(model, "is_quantized", False) and not getattr(model, mark, False) and states.trained(model)
+    if not marked:
+        yield
+        return
+    before = model.__dict__.get(mark)
+    setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, mark)
+        else:
+            setattr(model, mark, before)
+
+
+@contextlib.contextmanager
+def _memory(args: TrainingArguments, rows: int) -> Iterator[None]:
+    """Turn a lack of memory into advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in text for word in words):
+            raise
+        raise TrainingError(
+            f"out of memory on {args.device} with a batch of {rows} rows; lower train.batch_size and raise "
+            "train.accumulate instead, set train.gradient_checkpointing: true, lower data.max_length, or take a "
+            "smaller precision (bf16, nf4)"
+        ) from error
