@@ -32,11 +32,11 @@ each = pytest.mark.parametrize(
 CLOSE = 1e-5
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    """Equal to 1e-5 of the scale of the values."""
+def close(actual: Tensor, expected: Tensor, part: float = 1.0) -> None:
+    """Equal to a part of 1e-5 of the scale of the values."""
     scale = max(1.0, expected.abs().max().item())
     error = (actual - expected).abs().max().item()
-    assert error <= CLOSE * scale, f"off by {error} at scale {scale}"
+    assert error <= part * CLOSE * scale, f"off by {error} at scale {scale}"
 
 
 def inputs(arch: str) -> dict[str, Tensor]:
@@ -118,24 +118,32 @@ def test_detach_is_bit_exact(arch: str, method: Method) -> None:
 
 
 @each
-def test_rows_of_a_mixed_batch_equal_separate_runs(arch: str, method: Method) -> None:
-    """Forward and gradients, beside a LoRA, a prefix and the base in the same batch."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_rows_of_a_mixed_batch_equal_separate_runs(arch: str, method: Method, dtype: torch.dtype) -> None:
+    """Forward and gradients, beside a LoRA, a prefix and the base in the same batch; in fp64 to 1e-6.
+
+    Norms and softmax of many models compute in fp32 whatever the dtype, so fp64 cannot be held to more.
+    """
+    if arch in ("mixtral", "gemma2", "gemma3") and dtype == torch.float64:
+        pytest.skip("grouped experts take no fp64; Gemma's norms and soft caps compute in fp32")
     model, data = attached(arch, method), inputs(arch)
     perturb(graft.attach(model, graft.LoRA(rank=3), "lora"), 2)
     perturb(graft.attach(model, graft.PrefixTuning(length=4), "prefix"), 3)
+    model.to(dtype)
+    part = 1.0 if dtype == torch.float32 else 0.1
     rows = ["a", "lora", None, ("prefix", "a")]
     mixed = run(model, rows, data)
-    torch.cat([out.flatten() for out in mixed]).square().sum().backward()
+    sum(out.square().mean() for out in mixed).backward()
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.adapters.named_parameters()}
     model.zero_grad()
     for i, entry in enumerate(rows):
         alone = run(model, [entry], row_of(data, i))[0]
-        close(mixed[i], alone)
+        close(mixed[i], alone, part)
         if alone.requires_grad:
-            alone.square().sum().backward()
+            alone.square().mean().backward()
     for name, p in model.adapters.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
-        close(torch.zeros_like(p) if grads[name] is None else grads[name], expected)
+        close(torch.zeros_like(p) if grads[name] is None else grads[name], expected, part)
 
 
 @each
