@@ -90,7 +90,8 @@ class Adapter(nn.Module):
         if isinstance(delta, InputDelta):
             self.inputs.append(site.path)
         if isinstance(delta, AttentionDelta) and delta.shift:
-            self.shift[site.stack] = max(delta.shift, self.shift.get(site.stack, 0))
+            for stack in (site.stack, ""):  # "" is the only one of a model with one stack
+                self.shift[stack] = max(delta.shift, self.shift.get(stack, 0))
 
 
 class Bank(nn.Module):
@@ -274,7 +275,8 @@ class Bank(nn.Module):
             return
         for site in roles.sites(model):
             if site.role == "position":
-                hook = PositionHook(self, site.stack)
+                # With one stack, names mean nothing: an encoder's embeddings stand outside of its `encoder`.
+                hook = PositionHook(self, site.stack if roles.is_encoder_decoder(model) else "")
                 self.hook(":position", site.module.register_forward_pre_hook(hook.before, with_kwargs=True))
                 self.hook(":position", site.module.register_forward_hook(hook.after))
 

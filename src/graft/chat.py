@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -166,3 +167,15 @@ class Chat:
 def _holds_turns(template: Template) -> bool:
     return template.kind == "chat" and template.task is None
 
+
+def lines_of(source: TextIO, greeting: str) -> Iterator[str]:
+    """The user's lines: asked for in a terminal, read as they are from a file or pipe."""
+    if not source.isatty():
+        yield from source
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history in input()
+    print(greeting)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input("> ")

@@ -5,11 +5,14 @@ An error that Graft raises on purpose is one line on stderr and exit code 2; Ctr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +21,13 @@ import typer
 from graft.errors import ConfigError, GraftError
 
 DEBUG = "GRAFT_DEBUG"
+CALM = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+HELP = "/help lists the commands, /exit ends."
 app = typer.Typer(
     name="graft",
     no_args_is_help=True,
@@ -63,25 +73,31 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
         except (GraftError, OSError) as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
-            _say(f"error: {' '.join(str(error).split())}")
-            raise typer.Exit(2) from None
+            code = getattr(error, "exit_code", 2)
+            _say(("" if code == 130 else "error: ") + " ".join(str(error).split()))
+            raise typer.Exit(code) from None
 
     return app.command()(guarded)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import graft
+
+        typer.echo(graft.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
     """Adapt a frozen pretrained language model to a task."""
     if debug:
         os.environ[DEBUG] = "1"
-    if version:
-        import graft
-
-        typer.echo(graft.__version__)
-        raise typer.Exit
 
 
 @verb
@@ -105,9 +121,11 @@ def describe(
     """Sites, roles, shapes and counts of a model, from its config alone."""
     from graft.description import describe as described
     from graft.description import skeleton
+    from graft.files import load
 
     model = skeleton(path)
-    _load_all(model, adapter)
+    for name, folder in _named(adapter).items():
+        load(model, folder, name)
     found = described(model)
     if as_json:
         _print_json(found.to_dict())
@@ -118,7 +136,15 @@ def describe(
 @verb
 def data(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """What a run's data holds: rows, tokens, lengths, duplicates, leaks, and three examples."""
-    raise NotImplementedError
+    from graft.base import load_config, load_tokenizer
+    from graft.train.config import load_run
+    from graft.train.setup import check_data, read_data
+
+    settings = load_run(run, overrides or ())
+    config = load_config(settings.base)
+    found = read_data(settings, load_tokenizer(settings.base), config)
+    _print_json(found.report.to_dict()) if as_json else typer.echo(str(found.report))
+    check_data(settings, found)
 
 
 @verb
@@ -128,7 +154,10 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
 ) -> None:
     """Train an adapter. The same command resumes a run that was cut off."""
-    raise NotImplementedError
+    from graft.train.config import load_run
+    from graft.train.run import train as trained
+
+    trained(load_run(run, overrides or ()), fresh=fresh)
 
 
 @verb
@@ -153,29 +182,39 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score adapters and their base, side by side in the same batches."""
-    from graft import verbs
+    from graft.data.rows import load_rows
+    from graft.evaluate.generate import Decoding
+    from graft.evaluate.opening import open_base, with_kind
+    from graft.evaluate.run import check_request, examine
 
-    found = verbs.run_evaluation(
-        base,
-        _named(adapter),
-        source=data,
-        metrics=metrics.split(",") if metrics is not None else None,
-        columns=dict(_pair(text, "--column prompt=question") for text in column or ()),
-        split=split,
-        limit=limit,
-        template=template,
-        with_base=not no_base,
-        answers=answers,
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        truncate=truncate,
-    )
-    if as_json:
-        _print_json(found.scores)
-    else:
-        verbs.print_scores(found.scores)
+    adapters, asked = _named(adapter), metrics.split(",") if metrics is not None else None
+    columns = dict(_pair(text, "--column", "prompt=question") for text in column or ())
+    if no_base and not adapters:
+        raise ConfigError("--no-base: name at least one --adapter to evaluate")
+    check_request(asked, answers)
+    rows = load_rows(data, split=split, columns=columns, limit=limit)
+    opened = open_base(base, adapters, precision=precision, device=device)
+    entries = [*([] if no_base else [None]), *adapters]
+    templates = [opened.templates[entry] for entry in entries]
+    if template is not None:
+        templates = [with_kind(each, template) for each in templates]
+    _notes(opened.notes)
+    with _progress() as progress:
+        found = examine(
+            opened.model,
+            opened.tokenizer,
+            rows,
+            templates,
+            entries,
+            asked,
+            batch_size=batch_size,
+            decoding=Decoding(max_new_tokens=max_new_tokens),
+            truncate=truncate,
+            progress=progress,
+        )
+    if answers is not None:
+        found.write(answers, rows)
+    _print_json(found.scores) if as_json else typer.echo(str(found))
 
 
 @verb
@@ -189,14 +228,135 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to a base and its adapters; /adapter NAME and /base switch between answers."""
-    from graft import verbs
+    from graft.chat import Chat, lines_of
+    from graft.evaluate.generate import Decoding
+    from graft.evaluate.opening import open_base
 
-    verbs.run_chat(
-        base,
-        _named(adapter),
+    adapters = _named(adapter)
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=None)
+    opened = open_base(base, adapters, precision=precision, device=device)
+    _notes(opened.notes)
+    talk = Chat(
+        opened.model,
+        opened.tokenizer,
+        opened.templates,
+        functools.partial(print, end="", flush=True),
+        entry=next(iter(adapters), None),
         system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        precision=precision,
-        device=device,
+        decoding=decoding,
     )
+    talk.run(lines_of(sys.stdin, f"{talk.speaker} answers.  {HELP}"))
+
+
+@verb
+def merge(
+    base: Base,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied weight that changes a copy of its own.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; that of the base otherwise.")] = "auto",
+    device: Device = None,
+) -> None:
+    """Write the base with an adapter merged in as a plain transformers folder, checked against the adapter's probe."""
+    from graft.convert import merge_folder
+
+    apart = merge_folder(base, adapter, output, precision=precision, untie=untie, device=device)
+    typer.echo(f"{output}: a plain transformers model; its logits are the adapter's{_within(apart)}")
+
+
+@verb
+def convert(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, peft's or Graft's.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    base: Annotated[str, typer.Option(help="The base that the adapter was made for.")],
+    to: Annotated[str, typer.Option(help="graft (peft's files and graft.json) or peft (plain).")],
+    device: Device = None,
+) -> None:
+    """Write an adapter in the other form; what it cannot hold is named, never dropped."""
+    from graft.convert import convert_adapter
+
+    typer.echo(f"{convert_adapter(adapter, output, base=base, to=to, device=device)}: in {to}'s form")
+
+
+@verb
+def schema() -> None:
+    """The JSON schema of a run's YAML, for editors."""
+    from graft.train.config import schema as run_schema
+
+    _print_json(run_schema())
+
+
+def _named(adapters: list[str] | None) -> dict[str, str]:
+    """Name to folder; where none is given the folder's own name, and for a run's `adapter` that of the run."""
+    found: dict[str, str] = {}
+    for text in adapters or ():
+        name, equals, folder = text.partition("=")
+        if not equals:
+            place = Path(text).resolve()
+            name, folder = (place.parent if place.name == "adapter" else place).name, text  # a run's result
+        if name in found:
+            raise ConfigError(f"--adapter {text}: the name {name!r} is taken; write another as NAME=FOLDER")
+        found[name] = folder
+    return found
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(f"{option} {text}: expected OURS=THEIRS, for example {example}")
+    return name, value
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _notes(notes: list[str]) -> None:
+    for note in notes:
+        _say(f"note: {note}")
+
+
+def _within(apart: float | None) -> str:
+    return "" if apart is None else f" within {apart:.1g} of the largest"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr where that is a terminal, else nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bars: dict[str, Any] = {}
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = shown.add_task(what, total=total)
+            shown.update(bars[what], completed=done)
+
+        yield tell
+
+
+class _Say(logging.Handler):
+    """Graft's own log on stderr, a line for each message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"warning: {record.getMessage()}")
+
+
+def _calm() -> None:
+    """Of logs, warnings and bars only Graft's own reach the screen."""
+    for name, value in CALM.items():
+        os.environ.setdefault(name, value)
+    for logger, handler in ((logging.getLogger(), logging.NullHandler()), (logging.getLogger("graft"), _Say())):
+        if not any(isinstance(old, type(handler)) for old in logger.handlers):
+            logger.addHandler(handler)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"graft\b")
+    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+    if "transformers" in sys.modules:  # only when called from Python: the variables above came too late
+        sys.modules["transformers"].utils.logging.disable_progress_bar()

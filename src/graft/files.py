@@ -77,9 +77,9 @@ def save(
     adapter = bank[name]
     with torch.no_grad():
         config, slots = _layout(model, adapter, form)
+        if any(parameter.is_meta for parameter in adapter.parameters()):
+            raise AdapterFileError(f"adapter {name!r} is on the meta device and has no values to save")
         tensors = {key: slot.read().to("cpu").contiguous().clone() for key, slot in slots.items() if not slot.optional}
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise AdapterFileError(f"adapter {name!r} is on the meta device and has no values to save")
     files_disk.check_finite(tensors, f"adapter {name!r}")
     card = _card(model, adapter, template)
     with files_disk.replacing(folder) as new:
@@ -223,9 +223,7 @@ def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def _method(
-    model: nn.Module, folder: Path, config: dict[str, Any], card: dict[str, Any]
-) -> tuple[Method, bool, bool]:
+def _method(model: nn.Module, folder: Path, config: dict[str, Any], card: dict[str, Any]) -> tuple[Method, bool, bool]:
     """The method, whether it has peft's form, and whether the folder is in our own form."""
     where = folder / CONFIG
     own = "format_version" in config
@@ -269,8 +267,8 @@ def _take(
         raise AdapterFileError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
     try:
         with torch.no_grad():
-            for key, tensor in tensors.items():
-                slots[key].fill(tensor)
+            for key in sorted(tensors, key=lambda key: slots[key].optional):  # checks compare with what is filled
+                slots[key].fill(tensors[key])
     except AdapterFileError as error:
         raise AdapterFileError(f"{path}: {error}") from error
 

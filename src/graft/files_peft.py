@@ -45,7 +45,6 @@ TRAINED_INITS = ("eva", "orthogonal")
 Config = dict[str, Any]
 
 
-
 # ------------------------------------------------------------------------------------------------- reading a config
 
 
@@ -103,13 +102,19 @@ def _read_lora(config: Config, model: nn.Module | None) -> LoRA:
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or (init not in INITS and (model is None or init not in TRAINED_INITS)):
         raise AdapterFileError(
-            f"init_lora_weights = {init!r} changes the base or needs data; convert the adapter with peft "
-            "(path_initial_model_for_weight_conversion) to a plain LoRA"
+            f"init_lora_weights = {init!r} changes the base, needs data or is not known; convert it with peft "
+            "(path_initial_model_for_weight_conversion) to plain LoRA"
         )
     if config.get("layers_pattern"):
         raise AdapterFileError(f"layers_pattern = {config['layers_pattern']!r} is not supported; leave it empty")
     if config.get("ensure_weight_tying") and (model is None or _touches_embeddings(model, config)):
         raise AdapterFileError("ensure_weight_tying ties the adapters of embedding and head, which Graft keeps apart")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in _value(config, field, {}, dict):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterFileError(f"{field}: {pattern!r} is no regex: {error}") from error
     return LoRA(
         rank=_value(config, "r", 8, int),
         alpha=_value(config, "lora_alpha", 8, int, float),

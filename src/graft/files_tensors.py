@@ -98,11 +98,12 @@ def _base_slots(model: nn.Module, adapter: Adapter, config: Config) -> dict[str,
     for path, module in files_peft.embeddings(model).items():
         for name in ("base_layer.weight", "weight"):
             slots[f"{ROOT}{path}.{name}"] = _own_weight(module, path)
-    if config.get("bias") == "all":
-        for site, delta in adapter.items():
-            for key, value in site.module.named_parameters() if isinstance(delta, CopyDelta) else ():
-                if key.rpartition(".")[2] == "bias":
-                    slots[f"{ROOT}{site.path}.original_module.{key}"] = _check(value, site.path)
+    for site, delta in adapter.items() if config.get("bias") == "all" else ():
+        if isinstance(delta, CopyDelta):  # each bias of a module that is kept whole stands in the file three times
+            for place, module in (("original_module", site.module), ("modules_to_save", delta.copy)):
+                for key, value in module.named_parameters():
+                    if key.rpartition(".")[2] == "bias":
+                        slots[f"{ROOT}{site.path}.{place}.{key}"] = _check(value, site.path)
     return slots
 
 

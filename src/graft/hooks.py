@@ -295,7 +295,9 @@ def pooled(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules whose "input" a pooler reads at index 0, or whose "output" a sequence classifier so reads."""
     if roles.is_decoder(model) or roles.is_encoder_decoder(model):
         return []
-    poolers = [("input", site.module) for site in roles.sites(model) if site.role == "pooler"]
+    # The role is the linear's; what picks index 0 is the module around it.
+    paths = [site.path.rpartition(".")[0] for site in roles.sites(model) if site.role == "pooler"]
+    poolers = [("input", model.get_submodule(path)) for path in paths]
     if poolers or not type(model).__name__.endswith("ForSequenceClassification"):
         return poolers
     return [("output", model.base_model)]  # type: ignore[list-item]

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor, nn
 
 import graft
+from tiny import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "qwen3": "CAUSAL_LM", "bert": "SEQ_CLS", "roberta": "SEQ_CLS"}
-TASKS |= {"distilbert": "SEQ_CLS", "llama_cls": "SEQ_CLS", "mt5": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}
+TASKS |= {
+    "distilbert": "SEQ_CLS",
+    "llama_cls": "SEQ_CLS",
+    "mt5": "SEQ_2_SEQ_LM",
+    "t5": "SEQ_2_SEQ_LM",
+    "bart": "SEQ_2_SEQ_LM",
+}
 MAIN = ("llama", "gpt2", "bert", "mt5", "bart")
 
 
@@ -114,7 +120,10 @@ def test_rslora_on_all_linears(name: str, tmp_path: Path) -> None:
         ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*q_proj"}),
         ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
         ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 0}),
-        ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2, "v_proj": 3}}),
+        (
+            "llama",
+            {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2, "v_proj": 3}},
+        ),
         ("gpt2", {"rank_pattern": {r"h\.0\..*c_attn": 2}, "alpha_pattern": {"c_attn": 11}, "use_rslora": True}),
         ("gpt2", {"bias": "all"}),
         ("bert", {"bias": "all"}),
@@ -140,7 +149,9 @@ def test_lora_options(name: str, options: dict[str, Any], tmp_path: Path) -> Non
 
 def test_head_without_task_type_stays_untrained(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    model, config = round_trip("bert", peft.LoraConfig(target_modules=["query"]), tmp_path)
+    model, config = round_trip(
+        "bert", peft.LoraConfig(target_modules=["query", "dense"], r=16, lora_alpha=64), tmp_path
+    )
     assert not model.adapters["a"].method.head
     assert config["task_type"] is None and config["modules_to_save"] is None
 
@@ -239,7 +250,11 @@ def test_what_peft_reads_of_our_defaults(name: str, tmp_path: Path) -> None:
         folder = graft.save(model, "a", tmp_path / method.name)
         config = json.loads((folder / "adapter_config.json").read_text())
         if config["peft_type"].startswith("GRAFT_"):
-            assert (name, method.name) in {("bert", "prompt_tuning"), ("mt5", "prefix_tuning"), ("bart", "prefix_tuning")}
+            assert (name, method.name) in {
+                ("bert", "prompt_tuning"),
+                ("mt5", "prefix_tuning"),
+                ("bart", "prefix_tuning"),
+            }
             continue
         got = read_by_peft(name, folder)
         torch.testing.assert_close(got, graft_logits(model, name), atol=1e-5, rtol=1e-5)

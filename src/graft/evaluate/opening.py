@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graft import roles
 from graft.base import load_base, load_tokenizer
+from graft.data.collate import pad_id
 from graft.data.template import Template
 from graft.errors import ConfigError
 from graft.evaluate.batches import BASE_LABEL
@@ -41,6 +42,8 @@ def open_base(base: str, adapters: Mapping[str, str], *, precision: str = "auto"
     stored = {name: template_of(folder) for name, folder in adapters.items()}
     model = load_base(base, precision=precision, device=device, num_labels=_num_labels(stored))
     tokenizer = load_tokenizer(base)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id(tokenizer)  # a classifying decoder finds the last token of a row by it
     notes = []
     for name, folder in adapters.items():
         note = getattr(load(model, folder, name), "note", None)
@@ -66,7 +69,7 @@ def default_template(model: Any, tokenizer: PreTrainedTokenizerBase) -> Template
     if type(model).__name__.endswith("ForSequenceClassification"):
         return Template(kind="plain", mode="classification", label_names=_label_names(model))
     mode = "seq2seq" if roles.is_encoder_decoder(model) else "causal"
-    return Template(kind="chat" if tokenizer.chat_template else "plain", mode=mode)
+    return Template(kind="chat" if tokenizer.chat_template and mode == "causal" else "plain", mode=mode)
 
 
 def with_kind(template: Template, kind: str) -> Template:

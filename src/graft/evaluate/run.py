@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,38 @@ class Evaluation:
     """Label of the entry to metric to value."""
     answers: dict[str, list[str]]
     """Label of the entry to the generated text or chosen label of each row; empty if no metric needed them."""
+
+    def __str__(self) -> str:
+        """A table: a line for each entry, a column for each metric."""
+        names = list(next(iter(self.scores.values())))
+        lines = [["", *names], *([label, *(f"{found[n]:.4g}" for n in names)] for label, found in self.scores.items())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = (
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+            for line in lines
+        )
+        return "\n".join("  ".join(cells).rstrip() for cells in shown)
+
+    def write(self, path: str | Path, rows: Sequence[Row]) -> None:
+        """Every answer beside what is right, a JSON object for each row; the file appears whole or not at all.
+
+        Raises:
+            DataError: there are no answers, or the disk refuses.
+        """
+        if not self.answers:
+            raise DataError(f"{path}: no metric here needs answers, so there are none to write; take bleu or accuracy")
+        new = Path(f"{path}.new")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                for number, row in enumerate(rows):
+                    right = [str(row.label)] if row.form == "label" else list(row.references or (row.completion,))
+                    answers = {label: texts[number] for label, texts in self.answers.items()}
+                    shown = {"row": row.index, "question": row.question, "right": right, "answers": answers}
+                    file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+            new.replace(path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise DataError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def default_metrics(rows: Sequence[Row], template: Template) -> list[str]:
@@ -127,6 +161,18 @@ def examine(
         }
     scores = {label: {name: values[measures.NEEDS[name]][label][name] for name in chosen} for label in labels}
     return Evaluation(scores, answers)
+
+
+def check_request(names: Sequence[str] | None, answers: str | Path | None) -> None:
+    """Refuse, before a model is loaded, what cannot come out right.
+
+    Raises:
+        ConfigError: an unknown metric, or a file for answers in a folder that is not there.
+    """
+    if names is not None:
+        measures.known_metrics(names)
+    if answers is not None and not Path(answers).absolute().parent.is_dir():
+        raise ConfigError(f"--answers {answers}: the folder {Path(answers).parent} does not exist")
 
 
 def _losses(found: Sequence[score.Loss]) -> dict[str, float]:

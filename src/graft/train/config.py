@@ -101,6 +101,8 @@ class DataSettings(_Settings):
     eval_split: str | None = None
     columns: dict[str, str] = {}
     """Our name to the file's name, where they differ."""
+    eval_columns: dict[str, str] | None = None
+    """The same for the evaluation file; None: as `columns`."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Take only the first so many training rows."""
     eval_limit: Annotated[int, Field(ge=1)] | None = None

@@ -23,6 +23,8 @@ class SavingTrainer(Trainer):
     """
 
     template: dict[str, Any] | None = None
+    keep: int | None = None
+    """How many checkpoints stay beside the best; None for what `save_total_limit` says."""
     newest: Path | None = None
     """The checkpoint that this training wrote or read last."""
 
@@ -67,7 +69,7 @@ class SavingTrainer(Trainer):
             if final.exists():
                 states.remove(final)
             os.replace(partial, final)
-            states.prune(folder, self.args.save_total_limit, best)
+            states.prune(folder, self.keep or self.args.save_total_limit, best)
         self.newest = final
 
     def _note_callbacks(self) -> None:

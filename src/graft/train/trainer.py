@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,8 +41,8 @@ class GraftTrainer(SavingTrainer):
     """`transformers.Trainer` for an attached model; it takes the same arguments.
 
     A data set may have an `adapter` column, a batch an `adapter` list (one entry per row) or `segments`, (entry,
-    length) for each run of tokens of a packed batch; a batch that names nothing gets what is in use. `save_model` writes
-    the adapters that train: one as a folder that `graft.load` and peft read, several as one folder each.
+    length) for each run of tokens of a packed batch; a batch that names nothing gets what is in use. `save_model`
+    writes the adapters that train: one as a folder that `graft.load` and peft read, several as a folder each.
 
     Args:
         template: stored with the adapter (see `graft.save`).
@@ -55,6 +54,9 @@ class GraftTrainer(SavingTrainer):
         RouteError: the model has no adapters.
         TrainingError: while training, a loss or gradient that is not finite, or too little memory.
     """
+
+    control: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -81,8 +83,11 @@ class GraftTrainer(SavingTrainer):
         # Of the losses in transformers, those of causal models divide by the count of the whole step; classifiers and
         # encoder-decoders take the argument and ignore it, and Trainer then multiplies their gradients by accumulation.
         self.counts_items = self._loss_shifts_labels or self.compute_loss_func is not None
+        self.takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.current_gradient_accumulation_steps = 1
         self.losses: list[Tensor] = []
+        self.batch: dict[str, Any] = {}
+        self.good_batch: dict[str, Any] | None = None
         self.before_step = states.random_states()
         self.start: dict[str, Tensor] = {}
 
@@ -135,7 +140,7 @@ class GraftTrainer(SavingTrainer):
     def routed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
         """The inputs of the model without our columns, and the route that they ask for."""
         plain = {key: value for key, value in inputs.items() if key not in COLUMNS}
-        if _takes_cache(type(self.model)):
+        if self.takes_cache:
             plain["use_cache"] = False
         segments = inputs.get("segments")
         if segments is not None:
@@ -189,6 +194,7 @@ class GraftTrainer(SavingTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if not self.losses:
             self.before_step = states.random_states()
+        self.batch = inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
@@ -217,6 +223,7 @@ class GraftTrainer(SavingTrainer):
             total = total + norm
         if not math.isfinite(float(total)):
             self._stop_not_finite([float(loss) for loss in losses])
+        self.good_batch = self.batch
         return norm
 
     def _stop_not_finite(self, losses: list[float]) -> None:
@@ -230,7 +237,7 @@ class GraftTrainer(SavingTrainer):
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         what = f"loss is {losses[bad[0]]}" if bad else "gradient is not finite"
         rows = self._rows(step, bad or range(len(losses)))
-        if states.finite(self.model):
+        if states.finite(self.model) and self._works():
             kept = self._keep_state(step)
         elif self.newest is not None:
             states.read(self.model, self.newest / states.STATE)
@@ -242,6 +249,17 @@ class GraftTrainer(SavingTrainer):
             f"step {step + 1}: the {what} on the batch {rows}; {kept}; look at these rows, lower train.lr, or set "
             "precision fp32"
         )
+
+    def _works(self) -> bool:
+        """Whether the adapter, as the last step left it, still has a finite loss on the batch of that step."""
+        if self.good_batch is None:
+            return True
+        mode = self.model.training
+        self.model.eval()
+        with states.same_random(), torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, self._prepare_inputs(self.good_batch))
+        self.model.train(mode)
+        return math.isfinite(float(loss))
 
     def _keep_state(self, step: int) -> str:
         """Save the state before the bad step, if checkpoints are wanted, and say where."""
@@ -279,6 +297,8 @@ class GraftTrainer(SavingTrainer):
         mode = self.model.training
         with states.same_random(), _memory(self.args, len(self.schedule.longest())):
             try:
+                for parameter in parameters:
+                    parameter.grad = None
                 self.model.train()
                 inputs = self._prepare_inputs(self.with_slots(batch))
                 with self.compute_loss_context_manager():
@@ -293,7 +313,7 @@ class GraftTrainer(SavingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a lack of memory is a TrainingError with advice."""
-        self.start, self.newest, self.losses = states.starting(self.model), None, []
+        self.start, self.newest, self.losses, self.good_batch = states.starting(self.model), None, [], None
         states.sweep(Path(self.args.output_dir))
         try:
             with _memory(self.args, self.args.per_device_train_batch_size):
@@ -351,11 +371,6 @@ class _KeepAdapters:
         names = [feature.get("adapter") for feature in features]
         batch = self.inner([{key: f[key] for key in f if key != "adapter"} for f in features])
         return {**batch, "adapter": names}
-
-
-@functools.cache
-def _takes_cache(kind: type[nn.Module]) -> bool:
-    return "use_cache" in inspect.signature(kind.forward).parameters
 
 
 @contextlib.contextmanager

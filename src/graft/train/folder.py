@@ -1,0 +1,101 @@
+"""The folder of a run: where it is, whether it was begun with the same settings and data, and what is written first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from graft.errors import ConfigError
+from graft.train.config import Run, make_run
+from graft.train.setup import Data
+from graft.train.state import PARTIAL
+
+
+def place(run: Run, fresh: bool) -> Path:
+    """Where the run goes: a new folder, or one that was begun with the same settings."""
+    folder = Path(run.output).expanduser()
+    if fresh:
+        number, first = 2, folder
+        while folder.exists():
+            folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+        return folder
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output: {folder} is a file; name a folder")
+    settings = folder / "run.yaml"
+    if settings.is_file():
+        _check_same(settings, run)
+    elif folder.is_dir() and any(item.name != "checkpoints" for item in folder.iterdir()):
+        raise ConfigError(f"output: {folder} holds something else than a run; take another folder")
+    return folder
+
+
+def _check_same(settings: Path, run: Run) -> None:
+    try:
+        before = _flat(
+            make_run(yaml.safe_load(settings.read_text(encoding="utf-8")), str(settings)).model_dump(mode="json")
+        )
+    except (ConfigError, yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"output: the settings in {settings} cannot be read ({error}); use --fresh") from None
+    now = _flat(run.model_dump(mode="json"))
+    for key in [*before, *now]:
+        if key != "output" and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}: {settings.parent} was begun with {before.get(key)!r}, not {now.get(key)!r}; put it back, "
+                "take another output, or use --fresh"
+            )
+
+
+def begun(folder: Path, data: Data) -> bool:
+    """Whether the run was begun before; then the data must be what it was."""
+    file = folder / "data.json"
+    if not file.is_file():
+        return False
+    before = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+    for key, value in data.hashes.items():
+        if before.get(key) != value:
+            raise ConfigError(f"data.{key}: the content changed since {folder} was begun; put it back or use --fresh")
+    return True
+
+
+def begin(run: Run, folder: Path, data: Data) -> None:
+    """Write the settings, which make the folder a run, and the data report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {"sha256": data.hashes, "report": data.report.to_dict()}
+    text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text(folder / "run.yaml", text)
+    write_text(folder / "data.json", json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    partial = file.with_name(file.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+@contextlib.contextmanager
+def undone(folder: Path) -> Iterator[None]:
+    """Remove the empty folders that were made, if the block fails before it wrote anything."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in (folder / "checkpoints", *missing):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _flat(settings: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys."""
+    if not isinstance(settings, dict) or not settings:
+        return {key: settings}
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{key}.{name}" if key else str(name))
+    return found

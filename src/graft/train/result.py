@@ -1,0 +1,93 @@
+"""What a run came to, in Python and as `result.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.errors import ConfigError
+from graft.train.config import Run
+from graft.train.setup import Data
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to.
+
+    Attributes:
+        run: its settings.
+        metrics: `loss` (the last logged), `eval_loss` and `eval_loss_before`, `eval_loss_best` and `best_step`,
+            `steps`, `epochs`, `tokens_per_second`.
+        peak_bytes: the most memory used: of the GPU, or of the process on a CPU.
+        seconds: over all starts of the run.
+        trainable, saved: values that trained, and values in the adapter folder.
+        folder: the run's folder; the adapter is in `adapter`.
+    """
+
+    run: Run
+    metrics: dict[str, float]
+    peak_bytes: int
+    seconds: float
+    trainable: int
+    saved: int
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder; with several adapters, the folder that has one for each."""
+        return self.folder / "adapter"
+
+
+def result_dict(result: Result, model: nn.Module, data: Data) -> dict[str, Any]:
+    import accelerate
+    import numpy
+    import safetensors
+    import transformers
+
+    versions = {"graft": sys.modules["graft"].__version__, "python": platform.python_version()}
+    for module in (torch, transformers, accelerate, safetensors, numpy):
+        versions[module.__name__] = module.__version__
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("adapters."))
+    return {
+        "settings": result.run.model_dump(mode="json"),
+        "metrics": result.metrics,
+        "seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "counts": {"base": total, "trainable": result.trainable, "saved": result.saved},
+        "data": {"sha256": data.hashes, "train_rows": len(data.train), "eval_rows": len(data.evaluation or ())},
+        "adapters": list(data.names),
+        "versions": versions,
+        "machine": {"device": str(getattr(model, "device", "")), "threads": torch.get_num_threads()},
+        "folder": str(result.folder),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def read_result(run: Run, folder: Path) -> Result:
+    try:
+        stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        counts = stored["counts"]
+        numbers = (stored["metrics"], stored["peak_bytes"], stored["seconds"], counts["trainable"], counts["saved"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / 'result.json'}: cannot be read ({error}); use --fresh") from None
+    return Result(run, *numbers, folder)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

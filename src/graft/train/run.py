@@ -1,0 +1,313 @@
+"""One run from its settings to a saved adapter: `train(load_run("run.yaml"))`. The same call again resumes.
+
+<output>/run.yaml       the settings, resolved          <output>/checkpoints/  to go on from
+<output>/data.json      the data report, hashes         <output>/adapter/      the result
+<output>/metrics.jsonl  one line for each log           <output>/loss.png
+<output>/result.json    written last: without it the run is not finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+
+from graft import base, files
+from graft.bank import bank_of
+from graft.data.collate import Collator
+from graft.data.report import Report
+from graft.errors import ConfigError, TrainingError
+from graft.train import state as states
+from graft.train.config import Run
+from graft.train.folder import begin, begun, place, undone, write_text
+from graft.train.plot import plot
+from graft.train.progress import Bar, Recorder, Stopper
+from graft.train.result import Result, peak_bytes, read_result, result_dict
+from graft.train.schedule import Schedule
+from graft.train.setup import Data, check_data, length, open_model, read_data
+from graft.train.trainer import GraftTrainer
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class Interrupted(TrainingError):
+    """The user or the machine stopped the run; a checkpoint is saved, and the command line exits with `exit_code`."""
+
+    exit_code = 130
+
+
+def train(run: Run, *, fresh: bool = False, console: Console | None = None, callbacks: Sequence[Any] = ()) -> Result:
+    """Train what `run` describes; the same call goes on where it was stopped, and a finished run is not trained again.
+
+    Args:
+        run: the settings (`load_run`).
+        fresh: start over in a new folder (`<output>-2`, ...).
+        console: where the data report and the progress go; None: the terminal. `Console(quiet=True)` is silent.
+        callbacks: further `transformers.TrainerCallback`s.
+
+    Raises:
+        ConfigError: settings that cannot be, or other ones than the folder was begun with.
+        DataError: data over the limits.
+        TrainingError: a loss or gradient that is not finite, or too little memory.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+    """
+    console = console or Console()
+    folder = place(run, fresh)
+    if (folder / "result.json").is_file():
+        console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
+        return read_result(run, folder)
+    tokenizer = base.load_tokenizer(run.base)
+    data = read_data(run, tokenizer, base.load_config(run.base))
+    resumed = begun(folder, data)
+    if not resumed:
+        console.print(data.report.table())
+    check_data(run, data)
+    autocast = _autocast(run)
+    set_seed(run.seed)
+    model = open_model(run, data, tokenizer)
+    schedule = _schedule(run, data)
+    with undone(folder), _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
+        trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
+        trainer.dry_run()
+        if not resumed:
+            begin(run, folder, data)
+        console.print(_headline(run, model, schedule), highlight=False, soft_wrap=True)
+        recorder = _fit(trainer, folder, schedule, console)
+    return _finish(run, folder, model, data, trainer, recorder, console)
+
+
+def data_report(run: Run) -> Report:
+    """The report on a run's data alone; no weights are loaded and nothing is written.
+
+    Raises:
+        ConfigError, DataError: see `read_data`; limits are not checked (see `Report.check`).
+    """
+    return read_data(run, base.load_tokenizer(run.base), base.load_config(run.base)).report
+
+
+# ------------------------------------------------------------------------------------------------- the training
+
+
+def _schedule(run: Run, data: Data) -> Schedule:
+    settings = run.train
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return Schedule(
+        [length(example) for example in data.train],
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate * world,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=run.seed,
+        group=run.data.group,
+        pack=data.max_length if run.data.packing else None,
+    )
+
+
+def _autocast(run: Run) -> torch.dtype | None:
+    """The dtype of the forwards, where it is not the base's own.
+
+    Raises:
+        ConfigError: bf16 is asked for and the device does not compute in it.
+    """
+    where = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = "train.compute" if run.train.compute == "bf16" else "precision" if run.precision == "bf16" else None
+    if asked and not base.computes_bf16(where):
+        raise ConfigError(f"{asked}: {where} does not compute in bf16; use fp32 or auto")
+    return torch.bfloat16 if run.train.compute == "bf16" else None
+
+
+def _arguments(run: Run, folder: Path, schedule: Schedule, device: torch.device, evaluates: bool) -> TrainingArguments:
+    settings = run.train
+    eval_every = settings.eval_every or schedule.steps_per_epoch
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        optim=OPTIMIZERS[settings.optimizer],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        seed=run.seed,
+        logging_steps=settings.log_every,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every or eval_every,
+        metric_for_best_model=f"eval_{settings.keep_best}" if settings.keep_best else None,
+        greater_is_better=settings.keep_best == "accuracy",
+        eval_on_start=evaluates and not states.checkpoints(folder / "checkpoints"),
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _trainer(
+    run: Run,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    schedule: Schedule,
+    autocast: torch.dtype | None,
+    callbacks: Sequence[Any],
+) -> GraftTrainer:
+    mode = data.template.mode
+    trainer = GraftTrainer(
+        model,
+        _arguments(run, folder, schedule, model.device, data.evaluation is not None),
+        data_collator=Collator(tokenizer, packed=run.data.packing, mode=mode),
+        eval_collator=Collator(tokenizer, mode=mode),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        template=data.template.to_dict(),
+        schedule=schedule,
+        autocast=autocast,
+        callbacks=list(callbacks),
+    )
+    trainer.keep = run.train.keep
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _fit(trainer: GraftTrainer, folder: Path, schedule: Schedule, console: Console) -> Recorder:
+    """Train to the end, from the newest checkpoint if there is one; the best adapter is in the model afterwards."""
+    found = states.checkpoints(folder / "checkpoints")
+    recorder = Recorder(folder / "metrics.jsonl", schedule, states.step_of(found[-1]) if found else 0)
+    bar, stopper = Bar(console, recorder), Stopper(console)
+    for callback in (recorder, bar, stopper):
+        trainer.add_callback(callback)
+    if found:
+        console.print(f"going on from {found[-1]}", highlight=False, soft_wrap=True)
+    try:
+        with stopper.listening():
+            trainer.train(str(found[-1]) if found else None)
+    finally:
+        bar.close()
+    step = trainer.state.global_step
+    if stopper.asked and step < schedule.steps:
+        raise Interrupted(
+            f"{stopper.asked}: stopped after step {step} of {schedule.steps}; {trainer.newest} is saved, the same "
+            "command goes on from there"
+        )
+    best = trainer.state.best_global_step
+    if trainer.args.metric_for_best_model and best and best != step:
+        states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
+    return recorder
+
+
+@contextlib.contextmanager
+def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing while the block runs."""
+    # transformers before 5.23 has only the older name
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        model.disable_input_require_grads()  # only reentrant ones need them, and they keep the graph below top layers
+    try:
+        yield
+    finally:
+        if wanted:
+            getattr(model, f"{kind}_checkpointing_disable")()
+        model.eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers and accelerate say nothing below an error."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ------------------------------------------------------------------------------------------------- the result
+
+
+def _finish(
+    run: Run,
+    folder: Path,
+    model: PreTrainedModel,
+    data: Data,
+    trainer: GraftTrainer,
+    recorder: Recorder,
+    console: Console,
+) -> Result:
+    """Save the adapter, the plot, and last of all the result."""
+    several = len(data.names) > 1
+    for name in data.names:
+        target = folder / "adapter" / name if several else folder / "adapter"
+        files.save(model, name, target, overwrite=True, template=data.template.to_dict())
+    plot(recorder.lines, folder / "loss.png", f"{run.method.name} on {run.base}")
+    adapters = [bank_of(model)[name] for name in data.names]
+    result = Result(
+        run=run,
+        metrics=_metrics(recorder, trainer),
+        peak_bytes=peak_bytes(model.device),
+        seconds=round(recorder.seconds, 3),
+        trainable=sum(adapter.trainable for adapter in adapters),
+        saved=sum(adapter.saved for adapter in adapters),
+        folder=folder,
+    )
+    write_text(
+        folder / "result.json", json.dumps(result_dict(result, model, data), indent=2, ensure_ascii=False) + "\n"
+    )
+    console.print(_summary(result), highlight=False, soft_wrap=True)
+    return result
+
+
+def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
+    lines = recorder.lines
+    losses = [line["loss"] for line in lines if "loss" in line]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    step = trainer.state.global_step
+    found: dict[str, float] = {"steps": step, "epochs": round(recorder.schedule.epoch(step), 4)}
+    if losses:
+        found["loss"] = losses[-1]
+        found["tokens_per_second"] = round(sum(speeds) / len(speeds), 1)
+    if evaluated:
+        best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+        kept = next((line for line in evaluated if line["step"] == best), evaluated[-1])
+        found |= {key: kept[key] for key in ("eval_loss", "eval_accuracy") if key in kept}
+        found["eval_loss_before"] = evaluated[0]["eval_loss"]
+        found["kept_step"] = kept["step"]
+    return found
+
+
+def _headline(run: Run, model: PreTrainedModel, schedule: Schedule) -> str:
+    trainable = sum(adapter.trainable for adapter in states.trained(model))
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("adapters."))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"{run.method.name} on {run.base} ({dtype}, {model.device}): {trainable:,} values train beside {total:,}; "
+        f"{schedule.steps:,} steps, {schedule.epoch(schedule.steps):.3g} epochs"
+    )
+
+
+def _summary(result: Result) -> str:
+    metrics = result.metrics
+    loss = f"loss {metrics['loss']:.4f}, " if "loss" in metrics else ""
+    if "eval_loss" in metrics:
+        loss += f"evaluation loss {metrics['eval_loss']:.4f} ({metrics['eval_loss_before']:.4f} before), "
+    return f"{loss}{result.seconds:.0f} s; the adapter is in {result.adapter}"

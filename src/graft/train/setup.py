@@ -1,0 +1,196 @@
+"""From a `Run` to what trains: rows to examples, the base, its adapters. Nothing is written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from graft import base, roles
+from graft.adapt import attach
+from graft.bank import bank_of
+from graft.data.collate import check_packing, pad_id, truncate
+from graft.data.report import Limits, Report, report
+from graft.data.rows import Row, hold_out, load_rows
+from graft.data.template import Example, Template
+from graft.errors import ConfigError, DataError
+from graft.train.config import Run
+
+LENGTH = 1024
+"""The longest row where neither the run nor the model says one, and the longest pack where the run does not."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run, cut as they are trained, and what is known about them."""
+
+    train: list[Example]
+    evaluation: list[Example] | None
+    template: Template
+    report: Report
+    hashes: dict[str, str]
+    """sha256 of each source."""
+    names: tuple[str, ...]
+    """The adapters that the rows name, or the run's own."""
+    max_length: int
+
+
+def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
+    """Load, render, tokenize and measure the rows of a run; limits are not checked yet.
+
+    Raises:
+        DataError, ConfigError: see `load_rows` and `Template`; or a row names an adapter that no training row names.
+    """
+    settings = run.data
+    rows, held = _rows(run)
+    named = any(row.adapter is not None for row in rows)
+    if named:
+        rows, held = _named(rows, run.name), held and _named(held, run.name)
+    names = tuple(sorted({row.adapter or run.name for row in rows}))
+    for row in held or ():
+        if (row.adapter or run.name) not in names:
+            raise DataError(f"{row.where}: no training row has the adapter {row.adapter!r}")
+    template = _template(run, tokenizer, config).fit(rows, tokenizer)
+    context = base.context_length(config, tokenizer)
+    max_length = settings.max_length or context or LENGTH
+    if settings.packing and settings.max_length is None:
+        max_length = min(max_length, LENGTH)
+    if context is not None and max_length > context:
+        raise ConfigError(f"data.max_length: {max_length} is more than the {context} tokens that the model takes")
+    mode = template.mode
+    train = template.examples(rows, tokenizer)
+    evaluation = None if held is None else template.examples(held, tokenizer)
+    found = report(train, evaluation, tokenizer, max_length=max_length, mode=mode)
+
+    def cut(examples: list[Example]) -> list[Example]:
+        return [truncate(example, max_length, mode) for example in examples]
+
+    return Data(
+        train=cut(train),
+        evaluation=None if evaluation is None else sorted(cut(evaluation), key=length, reverse=True),
+        template=template,
+        report=found,
+        hashes=_hashes(run, rows, held),
+        names=names,
+        max_length=max_length,
+    )
+
+
+def check_data(run: Run, data: Data) -> None:
+    """Refuse data over the run's limits.
+
+    Raises:
+        DataError: it names the rows and the key to change.
+    """
+    data.report.check(Limits(truncate=run.data.truncate, **run.data.limits.model_dump()))
+
+
+def open_model(run: Run, data: Data, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base with a fresh adapter for each name in the data.
+
+    Raises:
+        ConfigError, SiteError: see `load_base` and `attach`; or the model cannot do what the run asks.
+    """
+    classify = data.template.mode == "classification"
+    model = base.load_base(
+        run.base,
+        precision=run.precision,
+        device=run.device,
+        num_labels=len(data.template.label_names) if classify else None,
+    )
+    if classify and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_id(tokenizer)  # decoders find the last token of a row by it
+    if run.data.packing:
+        check_packing(model)
+    method = run.method
+    if any(field.name == "tokenizer" for field in dataclasses.fields(method)):
+        method = dataclasses.replace(method, tokenizer=tokenizer)
+    for name in data.names:
+        attach(model, method, name, peft_compat=run.peft_compat)
+    _check_room(run, data, model, tokenizer)
+    return model
+
+
+def length(example: Example) -> int:
+    """Tokens of an example; of an encoder-decoder's the longer side."""
+    return max(len(example.input_ids), len(example.labels))
+
+
+def _rows(run: Run) -> tuple[list[Row], list[Row] | None]:
+    settings = run.data
+    rows = load_rows(settings.train, split=settings.split, columns=settings.columns, limit=settings.limit)
+    if settings.eval is None:
+        return rows, None
+    if isinstance(settings.eval, str):
+        columns = settings.columns if settings.eval_columns is None else settings.eval_columns
+        held = load_rows(settings.eval, split=settings.eval_split, columns=columns, limit=settings.eval_limit)
+        return rows, held
+    rows, held = hold_out(rows, settings.eval, run.seed)
+    return rows, held[: settings.eval_limit]
+
+
+def _named(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row if row.adapter is not None else dataclasses.replace(row, adapter=name) for row in rows]
+
+
+def _template(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Template:
+    """The run's template, with kind and mode chosen by the model where the run says nothing."""
+    given = run.data.template
+    settings: dict[str, Any] = {"kind": given} if isinstance(given, str) else dict(given or {})
+    mode = "seq2seq" if config.is_encoder_decoder else "causal"
+    settings.setdefault("mode", mode)
+    settings.setdefault("kind", "chat" if tokenizer.chat_template and mode == "causal" else "plain")
+    try:
+        template = Template.from_dict(settings)
+    except ConfigError as error:
+        raise ConfigError(f"data.{error}") from None
+    if template.mode not in (mode, "classification"):
+        raise ConfigError(f"data.template.mode: {run.base} is no {template.mode} model; leave it out, or say {mode}")
+    if run.data.packing and template.mode != "causal":
+        raise ConfigError(f"data.packing: it works for decoders only, not in mode {template.mode}")
+    if run.train.keep_best == "accuracy" and template.mode != "classification":
+        raise ConfigError("train.keep_best: accuracy is for classification; use loss")
+    if run.train.keep_best and run.data.eval is None:
+        raise ConfigError("train.keep_best: it needs data.eval, a file or a share such as 0.1")
+    return template
+
+
+def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Slots of soft prompts and prefix rows take positions too; and soft prompts cannot be packed."""
+    bank = bank_of(model)
+    adapters = [bank[name] for name in data.names]
+    slots = max(sum(delta.length for delta in bank.prompts(((each.name, 1.0),))) for each in adapters)
+    if slots and run.data.packing:
+        raise ConfigError(
+            f"data.packing: {adapters[0].method.name} puts a soft prompt before each row; turn packing off"
+        )
+    taken = slots + max((shift for each in adapters for shift in each.shift.values()), default=0)
+    context = base.context_length(model.config)
+    longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])
+    if context is not None and taken + longest > context and not roles.is_encoder_decoder(model):
+        raise ConfigError(
+            f"data.max_length: {longest} tokens and {taken} of {adapters[0].method.name} are more than the {context} "
+            f"that the model takes; use at most {context - taken}"
+        )
+
+
+def _hashes(run: Run, rows: Sequence[Row], held: Sequence[Row] | None) -> dict[str, str]:
+    sources = {"train": (run.data.train, rows)}
+    if isinstance(run.data.eval, str):
+        sources["eval"] = (run.data.eval, held or ())
+    found = {}
+    for key, (source, content) in sources.items():
+        path = Path(source).expanduser()
+        if path.is_file():
+            with path.open("rb") as file:
+                found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            text = json.dumps([[row.index, dict(row.fields)] for row in content], default=str, sort_keys=True)
+            found[key] = hashlib.sha256(text.encode()).hexdigest()
+    return found
