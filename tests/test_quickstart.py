@@ -67,7 +67,8 @@ def test_from_the_first_command_to_the_next_three() -> None:
         # What is being trained is shortened; everything else is as it was printed.
         command += " train.max_steps=1" if " train " in command else ""
         done = subprocess.run(command, shell=True, env=ENV, input="hello\n/exit\n", capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, ""), (command, done.stderr)
+        said = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]  # of another precision
+        assert (done.returncode, said) == (0, []), (command, done.stderr)
     assert Path("q-merged/model.safetensors").exists() and Path("q-rank4/adapter/graft.json").exists()
 
 

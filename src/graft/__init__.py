@@ -5,10 +5,10 @@ Names are imported when they are first used, so that `import graft` is quick and
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from graft.adapt import attach, detach, prepare, route, use
     from graft.bank import Adapter
     from graft.base import load_base
@@ -64,7 +64,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "IA3",
     "Adapter",
     "AdapterFileError",
     "Bottleneck",
@@ -74,6 +73,7 @@ __all__ = [
     "GraftError",
     "GraftTrainer",
     "Head",
+    "IA3",
     "LoRA",
     "MergeError",
     "PrefixTuning",
@@ -97,16 +97,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name.startswith("_"):
         raise AttributeError(name)
     if name in _HOMES:
         if name in ("attach", "load"):
-            importlib.import_module("graft.files")
-        return _kept(name, getattr(importlib.import_module(f"graft.{_HOMES[name]}"), name))
+            _importlib.import_module("graft.files")
+        return _kept(name, getattr(_importlib.import_module(f"graft.{_HOMES[name]}"), name))
     if name[0].isupper():
-        importlib.import_module("graft.methods")
-        registry = importlib.import_module("graft.method").REGISTRY
+        _importlib.import_module("graft.methods")
+        registry = _importlib.import_module("graft.method").REGISTRY
         found = next((cls for cls in registry.values() if cls.__name__ == name), None)
         if found is not None:
             return _kept(name, found)
@@ -117,6 +117,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _kept(name: str, value: Any) -> Any:
+def _kept(name: str, value: _typing.Any) -> _typing.Any:
     globals()[name] = value
     return value

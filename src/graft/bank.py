@@ -33,7 +33,6 @@ class Adapter(nn.Module):
     Attributes:
         name: what routes call it.
         method: the recipe.
-        scale: a dial that multiplies its weight wherever it acts (1.0 is as trained).
         peft_compat: whether it has peft's form where that differs from the method.
     """
 
@@ -41,7 +40,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.name = name
         self.method = method
-        self.scale = 1.0
+        self._scale = 1.0
         self.peft_compat = peft_compat
         self.deltas = nn.ModuleDict()
         self.shared: nn.Module | None = None
@@ -50,7 +49,27 @@ class Adapter(nn.Module):
         self.inputs: list[str] = []
         self.selected: dict[str, nn.Parameter] = {}
         self.other: dict[str, Tensor] = {}
+        self.note: str | None = None
+        self.card: dict[str, Any] | None = None
         self.acting = False
+        self.trains = False
+
+    @property
+    def scale(self) -> float:
+        """The dial: what multiplies the adapter's weight wherever it acts; soft prompts and prefixes have none."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if value != 1.0 and self.unweighted:
+            raise RouteError(f"adapter {self.name!r} ({self.method.name}) has no dial; its scale can only be 1")
+        self._scale = float(value)
+
+    @property
+    def unweighted(self) -> bool:
+        """Whether it can only act with weight 1: prompts, prefixes and what trains the base itself."""
+        kinds = (AttentionDelta, InputDelta)
+        return bool(self.selected) or any(isinstance(delta, kinds) for _, delta in self.items())
 
     @property
     def trainable(self) -> int:
@@ -346,16 +365,11 @@ def known(bank: Bank, entry: Entry) -> Entry:
         if name not in bank:
             raise RouteError(f"no adapter is named {name!r}; attached: {', '.join(bank.names) or 'none'}")
         adapter = bank[name]
-        plain = weight * adapter.scale == 1.0
-        if not plain and (adapter.selected or any(_unweighted(delta) for delta in adapter.deltas.values())):
+        if weight != 1.0 and adapter.unweighted:
             raise RouteError(f"adapter {name!r} ({adapter.method.name}) can only have weight 1, not {weight}")
         if adapter.selected and len(entry) > 1:
             raise RouteError(f"adapter {name!r} ({adapter.method.name}) trains the base itself; it acts alone")
     return entry
-
-
-def _unweighted(delta: nn.Module) -> bool:
-    return isinstance(delta, AttentionDelta | InputDelta)
 
 
 def key_of(path: str) -> str:

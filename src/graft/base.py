@@ -65,7 +65,12 @@ def load_base(
                 "give num_labels for a classifier, or load it with transformers and attach to it"
             )
         model, info = auto.from_pretrained(
-            place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra
+            place,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head for other labels is made anew; all else is refused below, by name
+            output_loading_info=True,
+            **extra,
         )
     _check_complete(model, info, path, num_labels)
     if "quantization_config" not in extra:

@@ -137,8 +137,8 @@ def load(
         detach(model, name)
         raise
     adapter.requires_grad_(trainable)
-    adapter.note = note  # type: ignore[assignment]
-    adapter.card = card  # type: ignore[assignment]
+    adapter.note = note
+    adapter.card = card
     return adapter
 
 

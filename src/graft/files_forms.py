@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from graft import files_peft, hooks, roles
+from graft import files_peft, hooks, roles, vocabulary
 from graft.bank import Adapter
 from graft.errors import AdapterFileError
 from graft.method import CopyDelta, Method
@@ -107,7 +107,7 @@ def _ranks(method: LoRA, pairs: dict[str, LoRADelta | EmbeddingLoRADelta]) -> Co
     ranks, alphas = dict(method.rank_pattern), dict(method.alpha_pattern)
     blocked = {path: delta.A.shape[0] // delta.rank for path, delta in pairs.items() if delta.A.shape[0] != delta.rank}
     for path, count in blocked.items():
-        alpha = roles.pattern_value(method.alpha_pattern, path, method.alpha)
+        alpha = vocabulary.pattern_value(method.alpha_pattern, path, method.alpha)
         own = {re.escape(path): pairs[path].A.shape[0]}
         ranks = own | ranks
         alphas = {re.escape(path): _number(alpha * (math.sqrt(count) if method.rslora else count))} | alphas

@@ -72,7 +72,7 @@ def claim(model: nn.Module, bank: Bank, adapter: Adapter, trainable: bool) -> No
     assert isinstance(method, SelectMethod)
     for path in method.barriers(Build(model, adapter.peft_compat)):
         bank.bar(model.get_submodule(path), adapter.name)
-    adapter.acting = True
+    adapter.acting, adapter.trains = True, trainable
 
 
 def unclaim(model: nn.Module, adapter: Adapter) -> None:
@@ -92,9 +92,10 @@ def select(model: nn.Module, bank: Bank, entry: Entry) -> None:
 
 
 def swap(adapter: Adapter) -> None:
-    """Exchange the base's values and the other ones that are kept."""
+    """Exchange the base's values and the other ones that are kept; only the adapter's own may train."""
     for name, parameter in adapter.selected.items():
         kept = parameter.detach().clone()
         parameter.data.copy_(adapter.other[name])
         adapter.other[name] = kept
+        parameter.requires_grad_(adapter.trains and not adapter.acting)
     adapter.acting = not adapter.acting

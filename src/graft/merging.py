@@ -156,11 +156,13 @@ def _merge_site(
         )
     if _shares(model, module, path):
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
-    for delta, weight in acts:
-        if isinstance(delta, CopyDelta):
-            for own, new in zip(module.parameters(), delta.copy.parameters(), strict=True):
-                own.data.copy_(new if weight == 1.0 else own.float() + weight * (new - own.float()))
     rest = [(delta, weight) for delta, weight in acts if not isinstance(delta, CopyDelta)]
+    copies = [(delta, weight) for delta, weight in acts if isinstance(delta, CopyDelta)]
+    if rest and copies:
+        raise MergeError(f"{path}: a trained copy and another change meet here; merge one of the two adapters")
+    for copied, weight in copies:
+        for own, new in zip(module.parameters(), copied.copy.parameters(), strict=True):
+            own.data.copy_(new if weight == 1.0 else own.float() + weight * (new - own.float()))
     if not rest:
         return
     # All sums first, one write behind: deltas of biases look at the base's own bias.

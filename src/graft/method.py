@@ -189,7 +189,7 @@ class Method:
         if not targets:
             raise ConfigError(f"{type(self).__name__}: targets is empty; name roles or modules")
         chosen = roles.select(build.model, targets, exclude=getattr(self, "exclude", ()), layers=self.layers)
-        kept = [site for site in chosen if not _inside(site.path, self.modules_to_save)]
+        kept = [site for site in chosen if not inside(site.path, self.modules_to_save)]
         if not kept:
             raise SiteError(f"{type(self).__name__}: every target is excluded or stands in modules_to_save")
         return kept
@@ -273,7 +273,8 @@ def _by_class_name(name: str) -> type[Method] | None:
     return next((cls for cls in REGISTRY.values() if cls.__name__.lower() == name.lower()), None)
 
 
-def _inside(path: str, names: tuple[str, ...]) -> bool:
+def inside(path: str, names: tuple[str, ...]) -> bool:
+    """Whether a module is one of those named, or stands inside one."""
     dotted = f".{path}."
     return any(f".{name}." in dotted for name in names)
 

@@ -390,8 +390,3 @@ def _layout(site: Site, config: Any) -> tuple[int, tuple[int, ...]]:
         return heads, (1, 1, 1)
     shared = getattr(config, "num_key_value_heads", None) or heads
     return 1, (heads, shared, shared)
-
-
-def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that fits a module's path, by peft's rule: the end of the path, after a dot."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from graft.errors import ConfigError
 from graft.weights import is_embedding, is_linear
 
 _CROSS = r"encoder_attn|cross_attn|cross_attention|crossattention|EncDecAttention|encoder_decoder_attention"
@@ -241,3 +243,19 @@ def _whole(modules: dict[str, nn.Module], roles: dict[str, str | None]) -> dict[
                 whole[parent] = "ffn"
     routed = {path: "ffn" for path, module in modules.items() if _MOE.search(path) and "experts" in children_of(module)}
     return whole | routed
+
+
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that fits a module's path, by peft's rule: the end of the path, after a dot.
+
+    Raises:
+        ConfigError: a pattern that is no regular expression.
+    """
+    for key, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", path)
+        except re.error as error:
+            raise ConfigError(f"{key!r} is no regular expression for a module's name: {error}") from None
+        if found:
+            return value
+    return default

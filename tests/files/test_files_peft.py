@@ -169,7 +169,7 @@ def test_prompt(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*MAIN, "qwen3", "llama_cls"])
-@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("projection", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_prefix(name: str, projection: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     options = {"prefix_projection": projection, "encoder_hidden_size": 16, "num_virtual_tokens": 3}

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graft.base import load_tokenizer
 from graft.train.config import Run, make_run
 from tiny import tiny
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 ASSETS = Path(__file__).parents[2] / "src" / "graft" / "assets" / "base"
 IDS = {"vocab_size": 4096, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}

@@ -1,8 +1,8 @@
 """Runs trainings one after another, each in a fork that dies where it is told; prints how each one ended.
 
-`python killed.py '[["run.yaml", "begin:3"], ["run.yaml", "save:6"], ["run.yaml", "int:9"], ["run.yaml", ""]]'`: SIGKILL
-as step 3 begins; SIGKILL as the checkpoint of step 6 is about to be renamed into place; SIGINT at the end of step 9; and
-to the end.
+`python killed.py '[["run.yaml", "begin:3"], ["run.yaml", "save:6"], ["run.yaml", "int:9"], ["run.yaml", ""]]'`:
+SIGKILL as step 3 begins; SIGKILL as the checkpoint of step 6 is about to be renamed into place; SIGINT at the end of
+step 9; and to the end.
 """
 
 from __future__ import annotations

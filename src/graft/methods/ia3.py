@@ -2,10 +2,10 @@
 
     k = l_k * (W_k x + b_k),   v = l_v * (W_v x + b_v),   y = W_2 (l_ff * gamma(W_1 x)) + b_2
 
-The vectors start at ones: l_k, l_v have the length of the linear's output (K d for grouped heads), l_ff that of its
-input. On a fused qkv only the parts that are asked have a vector. We differ from peft where it departs from the paper
-(it scales queries in fused models, and queries instead of keys in some others): `peft_compat=True` takes peft's targets
-if none are given, and one vector for the whole of a fused linear.
+The vectors start at ones: l_k, l_v have the length of the output y_BTO (O = K d for grouped heads), l_ff that of the
+input x_BTI. On a fused qkv only the parts that are asked have a vector. We differ from peft where it departs from the
+paper (it scales queries in fused models, and queries instead of keys in some others): `peft_compat=True` takes peft's
+targets if none are given, and one vector for the whole of a fused linear.
 
 Shape legend: B rows, T tokens, I in, O out, S scaled features.
 """

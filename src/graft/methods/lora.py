@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graft import roles
+from graft import roles, vocabulary
 from graft.errors import ConfigError, SiteError
-from graft.method import Build, Delta, Method, parameter
+from graft.method import Build, Delta, Method, inside, parameter
 from graft.roles import Site
 from graft.weights import is_embedding, is_linear
 
@@ -81,8 +81,8 @@ class LoRA(Method):
             raise ConfigError(f"LoRA: init is one of {', '.join(INITS)}, not {self.init!r}")
 
     def delta(self, site: Site, build: Build) -> Delta:
-        rank = roles.pattern_value(self.rank_pattern, site.path, self.rank)
-        alpha = roles.pattern_value(self.alpha_pattern, site.path, self.alpha)
+        rank = vocabulary.pattern_value(self.rank_pattern, site.path, self.rank)
+        alpha = vocabulary.pattern_value(self.alpha_pattern, site.path, self.alpha)
         scale = alpha / (math.sqrt(rank) if self.rslora else rank)
         if is_embedding(site.module):
             if self.lora_bias:
@@ -98,14 +98,15 @@ class LoRA(Method):
         if self.bias != "all":
             return []
         taken = {site.path for site in self.sites(build)}
-        heads = {site.path for site in roles.task_heads(build.model)} if self.head else set()
+        whole = {site.path for site in roles.task_heads(build.model)} if self.head else set()
         return [
             (Site(path, "other", None, module, 0, module.bias.shape[0]), BiasDelta(module))
             for path, module in build.model.named_modules()
             if isinstance(getattr(module, "bias", None), nn.Parameter)
             and not path.startswith("adapters.")
             and path not in taken
-            and not any(path == head or path.startswith(f"{head}.") for head in heads)
+            and not inside(path, self.modules_to_save)
+            and not any(path == each or path.startswith(f"{each}.") for each in whole)
         ]
 
 

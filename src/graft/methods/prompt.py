@@ -72,16 +72,17 @@ class PromptTuning(Method):
         return [input_embedding(build.model)]
 
     def delta(self, site: Site, build: Build) -> InputDelta:
-        rows_PD = self._rows(site)
+        rows_PD = self._rows(site, build.peft_compat)
         doubled = build.peft_compat and roles.is_encoder_decoder(build.model)
         delta = PromptDelta(self.length, torch.cat([rows_PD, rows_PD]) if doubled else rows_PD)
         delta.pools_after_slots = not build.peft_compat
         return delta
 
-    def _rows(self, site: Site) -> Tensor:
+    def _rows(self, site: Site, peft_compat: bool) -> Tensor:
         weight_VD: Tensor = site.module.weight.detach()  # type: ignore[operator]
         if self.init == "random":
-            return parameter(self.length, weight_VD.shape[1], like=weight_VD).detach().uniform_(-0.5, 0.5)
+            rows_PD = parameter(self.length, weight_VD.shape[1], like=weight_VD).detach()
+            return rows_PD.normal_() if peft_compat else rows_PD.uniform_(-0.5, 0.5)
         count = min(FREQUENT, weight_VD.shape[0])
         sampled = torch.randperm(count)[: self.length] if count >= self.length else torch.randint(count, (self.length,))
         if self.init == "vocab":

@@ -65,8 +65,9 @@ def train(run: Run, *, fresh: bool = False, console: Console | None = None, call
     if (folder / "result.json").is_file():
         console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
         return read_result(run, folder)
+    config = base.load_config(run.base)
     tokenizer = base.load_tokenizer(run.base)
-    data = read_data(run, tokenizer, base.load_config(run.base))
+    data = read_data(run, tokenizer, config)
     resumed = begun(folder, data)
     if not resumed:
         console.print(data.report.table())
@@ -91,7 +92,8 @@ def data_report(run: Run) -> Report:
     Raises:
         ConfigError, DataError: see `read_data`; limits are not checked (see `Report.check`).
     """
-    return read_data(run, base.load_tokenizer(run.base), base.load_config(run.base)).report
+    config = base.load_config(run.base)
+    return read_data(run, base.load_tokenizer(run.base), config).report
 
 
 # ------------------------------------------------------------------------------------------------- the training

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from graft.bank import bank_of
 from graft.errors import TrainingError
 from graft.method import Delta
 from graft.train import state as states
+from graft.train.guards import enough_memory, trains_quantized
 from graft.train.saving import SavingTrainer
 from graft.train.schedule import Schedule
 
@@ -74,7 +75,7 @@ class GraftTrainer(SavingTrainer):
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here, never smoothed away
         self.template, self.schedule, self.autocast = template, schedule, autocast
         use_cache = getattr(model.config, "use_cache", None)
-        with _trains_quantized(model):
+        with trains_quantized(model):
             super().__init__(model, args, *positional, **kwargs)
         if use_cache is not None:
             model.config.use_cache = use_cache  # Trainer changes the user's model; our batches say use_cache instead
@@ -295,7 +296,7 @@ class GraftTrainer(SavingTrainer):
         gradients = [p.grad for p in parameters]
         buffers = [(b, b.clone()) for adapter in states.trained(self.model) for b in adapter.buffers()]
         mode = self.model.training
-        with states.same_random(), _memory(self.args, len(self.schedule.longest())):
+        with states.same_random(), enough_memory(self.args, len(self.schedule.longest())):
             try:
                 for parameter in parameters:
                     parameter.grad = None
@@ -316,7 +317,7 @@ class GraftTrainer(SavingTrainer):
         self.start, self.newest, self.losses, self.good_batch = states.starting(self.model), None, [], None
         states.sweep(Path(self.args.output_dir))
         try:
-            with _memory(self.args, self.args.per_device_train_batch_size):
+            with enough_memory(self.args, self.args.per_device_train_batch_size):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.start, self.is_in_train = {}, False
@@ -371,39 +372,3 @@ class _KeepAdapters:
         names = [feature.get("adapter") for feature in features]
         batch = self.inner([{key: f[key] for key in f if key != "adapter"} for f in features])
         return {**batch, "adapter": names}
-
-
-@contextlib.contextmanager
-def _trains_quantized(model: Any) -> Iterator[None]:
-    """Trainer takes a quantized base only with peft's mark on it; it has it while Trainer looks, and no longer."""
-    mark = "_hf_peft_config_loaded"
-    marked = getattr(model, "is_quantized", False) and not getattr(model, mark, False) and states.trained(model)
-    if not marked:
-        yield
-        return
-    before = model.__dict__.get(mark)
-    setattr(model, mark, True)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(model, mark)
-        else:
-            setattr(model, mark, before)
-
-
-@contextlib.contextmanager
-def _memory(args: TrainingArguments, rows: int) -> Iterator[None]:
-    """Turn a lack of memory into advice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in text for word in words):
-            raise
-        raise TrainingError(
-            f"out of memory on {args.device} with a batch of {rows} rows; lower train.batch_size and raise "
-            "train.accumulate instead, set train.gradient_checkpointing: true, lower data.max_length, or take a "
-            "smaller precision (bf16, nf4)"
-        ) from error

@@ -1,0 +1,49 @@
+"""What Trainer must be told or kept from, around a block of code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from graft.errors import TrainingError
+from graft.train import state as states
+
+
+@contextlib.contextmanager
+def trains_quantized(model: Any) -> Iterator[None]:
+    """Trainer takes a quantized base only with peft's mark on it; it has it while Trainer looks, and no longer."""
+    mark = "_hf_peft_config_loaded"
+    marked = getattr(model, "is_quantized", False) and not getattr(model, mark, False) and states.trained(model)
+    if not marked:
+        yield
+        return
+    before = model.__dict__.get(mark)
+    setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, mark)
+        else:
+            setattr(model, mark, before)
+
+
+@contextlib.contextmanager
+def enough_memory(args: TrainingArguments, rows: int) -> Iterator[None]:
+    """Turn a lack of memory into advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in text for word in words):
+            raise
+        raise TrainingError(
+            f"out of memory on {args.device} with a batch of {rows} rows; lower train.batch_size and raise "
+            "train.accumulate instead, set train.gradient_checkpointing: true, lower data.max_length, or take a "
+            "smaller precision (bf16, nf4)"
+        ) from error
