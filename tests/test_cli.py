@@ -486,6 +486,60 @@ def test_train_then_use() -> None:
     call("merge", "embedded", str(folder), "merged", "--precision", "fp32")
 
 
+LABELLED = [{"text": text, "label": label} for text, label in (("so good", "yes"), ("bad", "no"), ("fine", "yes"))]
+
+
+def test_a_classifier_from_training_to_a_plain_model() -> None:
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED))
+    call("train", run_file(data={"train": "labels.jsonl", "template": {"mode": "classification"}}))
+    more = ["--data", "labels.jsonl", "--answers", "out.jsonl"]
+    found = evaluated("--adapter", "run/adapter", *more)
+    assert list(found) == ["base", "run"] and set(found["run"]) == {"loss", "accuracy", "macro_f1"}
+    answers = [json.loads(line)["answers"] for line in Path("out.jsonl").read_text().splitlines()]
+    assert {answer["run"] for answer in answers} <= {"yes", "no"}
+    call("merge", "embedded", "run/adapter", "merged", "--precision", "fp32")
+    arguments = ["evaluate", "./merged", "--data", "labels.jsonl", "--precision", "fp32", "--json"]
+    assert json.loads(call(*arguments)[0])["base"] == pytest.approx(found["run"], abs=1e-4)
+    assert "writes no text" in refused("chat", "embedded", "--adapter", "run/adapter")
+
+
+def test_labels_as_words() -> None:
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED))
+    assert set(evaluated("--data", "labels.jsonl")["base"]) == {"accuracy", "macro_f1"}
+    assert set(evaluated("--data", "labels.jsonl", "--metrics", "loss,accuracy,bleu")["base"]) == {
+        "loss",
+        "accuracy",
+        "bleu",
+    }
+
+
+def test_an_encoder_decoder_from_training_to_a_plain_model() -> None:
+    ids = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
+    tiny("t5", **ids).save_pretrained("t5")
+    transformers.AutoTokenizer.from_pretrained(ASSETS / "base").save_pretrained("t5")
+    call("train", run_file(base="./t5"))
+    arguments = ["./t5", "--adapter", "run/adapter", "--precision", "fp32", "--max-new-tokens", "5"]
+    found = json.loads(call("evaluate", *arguments, "--data", "rows.jsonl", "--json")[0])
+    assert set(found["run"]) == {"loss", "perplexity", "exact_match", "bleu", "rouge_l"}
+    assert found["run"]["loss"] != found["base"]["loss"]
+    out, _ = call("chat", *arguments, given="hello\n/base\nhello\n")
+    assert "run: " in out and "base: " in out
+    call("merge", "./t5", "run/adapter", "merged", "--precision", "fp32")
+    assert transformers.AutoModelForSeq2SeqLM.from_pretrained("merged").config.is_encoder_decoder
+
+
+def test_a_tied_head_is_merged_only_when_asked() -> None:
+    model = graft.load_base("embedded", precision="fp32")
+    adapter = graft.attach(model, graft.LoRA(rank=2, targets=["lm_head"]), "head")
+    for parameter in adapter.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    graft.save(model, "head", "head")
+    assert "shares its weight" in refused("merge", "embedded", "head", "merged", "--precision", "fp32")
+    call("merge", "embedded", "head", "merged", "--precision", "fp32", "--untie")
+    plain = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    assert torch.allclose(logits(plain), logits(model), atol=1e-4)
+
+
 def test_ctrl_c_while_training_keeps_a_checkpoint() -> None:
     run_file(train={"max_steps": 5000, "batch_size": 2, "epochs": 5000})
     env = os.environ | {"PYTHONPATH": str(Path(graft.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}

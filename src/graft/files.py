@@ -183,7 +183,7 @@ def check_saved(model: nn.Module, name: str) -> float | None:
     Raises:
         AdapterFileError: they differ by more than the precision allows.
     """
-    card: dict[str, Any] = getattr(bank_of(model)[name], "card", {})
+    card: dict[str, Any] = bank_of(model)[name].card or {}
     return probe.check_probe(model, card.get("probe"), name)
 
 
@@ -213,7 +213,7 @@ def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -
         "graft_version": sys.modules["graft"].__version__,
         "method": adapter.method.to_dict(),
         "peft_compat": adapter.peft_compat,
-        "template": template if template is not None else getattr(adapter, "card", {}).get("template"),
+        "template": template if template is not None else (adapter.card or {}).get("template"),
         "tensors_sha256": "",
         "base": probe.fingerprint(model, tuple(whole)),
         "probe": logits,
