@@ -15,7 +15,7 @@ from graft.data.rows import Row
 from graft.data.template import Template, chat_row
 from graft.errors import DataError, GraftError
 from graft.evaluate.batches import bank_or_none, context_of, quiet
-from graft.evaluate.generate import Decoding, answer_ids
+from graft.evaluate.generate import Decoding, answer_ids, check_generates
 
 HELP = "/adapter NAME  /base  /adapters  /reset  /help  /exit"
 LEAST_ROOM = 16
@@ -46,6 +46,9 @@ class Chat:
         entry: the adapter that answers, None for the base.
         system: a message that stands before every conversation.
         write: gets every piece of text that the user shall see.
+
+    Raises:
+        ConfigError: the model writes no text.
     """
 
     model: Any
@@ -56,6 +59,9 @@ class Chat:
     system: str | None = None
     decoding: Decoding = field(default_factory=lambda: Decoding(max_new_tokens=256))
     turns: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_generates(self.model)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,6 +182,8 @@ def lines_of(source: TextIO, greeting: str) -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     print(greeting)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    try:
         while True:
             yield input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()

@@ -117,8 +117,7 @@ def answer_ids(
     Args:
         streamer: one of transformers', for a single prompt.
     """
-    if not hasattr(model, "generate") or not model.can_generate():
-        raise ConfigError(f"{type(model).__name__} cannot generate text; measure it by loss, accuracy or macro_f1")
+    check_generates(model)
     encoder_decoder = roles.is_encoder_decoder(model)
     width = max(map(len, prompts))
     fill = pad_id(tokenizer)
@@ -137,6 +136,12 @@ def answer_ids(
         config = _generation_config(model, tokenizer, decoding, 0 if encoder_decoder else start)
         out = model.generate(**batch, generation_config=config, streamer=streamer)
     return [_until_end(row[start:].tolist(), config.eos_token_id) for row in out]
+
+
+def check_generates(model: Any) -> None:
+    """Raise a ConfigError for a model that writes no text."""
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise ConfigError(f"{type(model).__name__} cannot generate text; measure it by loss, accuracy or macro_f1")
 
 
 def templates_of(template: Template | Sequence[Template], count: int) -> list[Template]:
