@@ -33,8 +33,8 @@ NAME = "e2e"
 BASE = "embedded"
 RESULTS = "quickstart.json"
 COLUMNS = {"prompt": "meaning_representation", "completion": "reference"}
-SHOWN = (0, 47, 93)
-"""Held-out rows whose answers are shown: a short, a middling and a long list of facts."""
+SHOWN = (12, 48, 84)
+"""Held-out rows whose answers are shown, chosen for three restaurants, not for their answers."""
 LONGEST = 96
 """Tokens of an answer; the longest reference has fewer."""
 
@@ -79,7 +79,8 @@ def settings(output: str, steps: int | None = None) -> Run:
             "precision": "fp32",
             "method": {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"},
             "name": NAME,
-            "data": {"train": _asset("train.jsonl"), "columns": COLUMNS, "template": "chat"},
+            # Batches of mixed lengths: grouped by length the answers came out shorter and 5 BLEU worse.
+            "data": {"train": _asset("train.jsonl"), "columns": COLUMNS, "template": "chat", "group": False},
             "train": {"lr": 4e-3, "epochs": 2, "max_steps": steps, "batch_size": 16, "save_every": 50},
             "output": output,
         },
