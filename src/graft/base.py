@@ -75,6 +75,12 @@ def load_base(
     _check_complete(model, info, path, num_labels)
     if "quantization_config" not in extra:
         model.to(where)
+    for module in model.modules():
+        # bitsandbytes would repack 4-bit weights at the first forward without gradients, and train wrongly after it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if str(path) in EMBEDDED:
+        model.config._name_or_path = EMBEDDED[0]  # a name that another machine knows, not this one's path
     return model.eval()
 
 
@@ -99,7 +105,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     place = _place(path)
-    if _local(place):
+    if str(path) in EMBEDDED or _local(str(path)):
         if not Path(place).is_dir():
             raise ConfigError(f"base {path}: no such folder; give a folder, a hub name, or 'embedded'")
         if not (Path(place) / "config.json").is_file():

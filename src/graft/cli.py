@@ -187,7 +187,7 @@ def evaluate(
     from graft.evaluate.opening import open_base, with_kind
     from graft.evaluate.run import check_request, examine
 
-    adapters, asked = _named(adapter), metrics.split(",") if metrics is not None else None
+    adapters, asked = _named(adapter), [each.strip() for each in metrics.split(",")] if metrics is not None else None
     columns = dict(_pair(text, "--column", "prompt=question") for text in column or ())
     if no_base and not adapters:
         raise ConfigError("--no-base: name at least one --adapter to evaluate")

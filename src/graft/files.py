@@ -211,7 +211,7 @@ def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -
     return {
         "format_version": files_forms.FORMAT,
         "graft_version": sys.modules["graft"].__version__,
-        "method": adapter.method.to_dict(),
+        "method": adapter.method.to_dict(full=True),
         "peft_compat": adapter.peft_compat,
         "template": template if template is not None else (adapter.card or {}).get("template"),
         "tensors_sha256": "",

@@ -54,7 +54,7 @@ def own_config(model: nn.Module, adapter: Adapter) -> Config:
     return {
         "peft_type": f"GRAFT_{kind}" if kind in files_peft.READERS else kind,
         "format_version": FORMAT,
-        "method": adapter.method.to_dict(),
+        "method": adapter.method.to_dict(full=True),
         "peft_compat": adapter.peft_compat,
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,

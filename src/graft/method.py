@@ -209,12 +209,12 @@ class Method:
     def finish(self, shared: nn.Module | None) -> None:
         """Drop what only training needs (a prefix's MLP); called when an adapter stops training for good."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form: `method` and every field that is not at its default."""
+    def to_dict(self, *, full: bool = False) -> dict[str, Any]:
+        """The JSON form: `method` and every field that is not at its default; `full`: every field, as files keep it."""
         out: dict[str, Any] = {"method": self.name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != _default(field) and field.metadata.get("json", True):
+            if (full or value != _default(field)) and field.metadata.get("json", True):
                 out[field.name] = _plain(value)
         return out
 

@@ -134,7 +134,7 @@ def load_rows(
 def hold_out(rows: Sequence[Row], share: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Split rows into training and evaluation so that no question stands on both sides; a function of `seed` alone."""
     if not 0 < share < 1:
-        raise ConfigError(f"held-out share {share}: give a number between 0 and 1, for example 0.1")
+        raise ConfigError(f"data.eval: the held-out share is {share}; give a number between 0 and 1, for example 0.1")
     questions = list(dict.fromkeys(row.question for row in rows))
     if len(questions) < 2:
         raise DataError(

@@ -17,6 +17,10 @@ from graft.train.setup import Data
 from graft.train.state import PARTIAL
 
 
+DATA = "data.json"
+"""Written before `run.yaml`: a folder with settings alone is a user's, not a run's."""
+
+
 def place(run: Run, fresh: bool) -> Path:
     """Where the run goes: a new folder, or one that was begun with the same settings."""
     folder = Path(run.output).expanduser()
@@ -28,9 +32,11 @@ def place(run: Run, fresh: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file; name a folder")
     settings = folder / "run.yaml"
+    if settings.is_file() and not (folder / DATA).is_file():
+        raise ConfigError(f"output: {settings} is no run's own and would be overwritten; take another folder")
     if settings.is_file():
         _check_same(settings, run)
-    elif folder.is_dir() and any(item.name != "checkpoints" for item in folder.iterdir()):
+    elif folder.is_dir() and any(item.name not in ("checkpoints", DATA) for item in folder.iterdir()):
         raise ConfigError(f"output: {folder} holds something else than a run; take another folder")
     return folder
 
@@ -53,7 +59,7 @@ def _check_same(settings: Path, run: Run) -> None:
 
 def begun(folder: Path, data: Data) -> bool:
     """Whether the run was begun before; then the data must be what it was."""
-    file = folder / "data.json"
+    file = folder / DATA
     if not file.is_file():
         return False
     before = json.loads(file.read_text(encoding="utf-8"))["sha256"]
@@ -68,8 +74,8 @@ def begin(run: Run, folder: Path, data: Data) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shown = {"sha256": data.hashes, "report": data.report.to_dict()}
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text(folder / DATA, json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "run.yaml", text)
-    write_text(folder / "data.json", json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

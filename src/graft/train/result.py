@@ -24,7 +24,7 @@ class Result:
 
     Attributes:
         run: its settings.
-        metrics: `loss` (the last logged), `eval_loss` and `eval_loss_before`, `eval_loss_best` and `best_step`,
+        metrics: `loss` (the last logged), `eval_loss` and `eval_loss_before`, `eval_loss_best` and `kept_step`,
             `steps`, `epochs`, `tokens_per_second`.
         peak_bytes: the most memory used: of the GPU, or of the process on a CPU.
         seconds: over all starts of the run.
