@@ -1,4 +1,4 @@
-"""One thread for every test: tiny models gain nothing from more, and two busy processes would slow each other tenfold."""
+"""One thread for every test: tiny models gain nothing from two, and busy processes slow each other."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def _check_config(
         expected = files_forms.own_config(model, adapter) if own else files_forms.peft_config(model, adapter)
     except files_forms.Unheld as reason:
         raise AdapterFileError(f"{folder / CARD}: does not belong to this peft folder: {reason}") from None
-    free = (files_peft.COMMON - {"peft_type"}) | files_peft.INERT
+    free = (files_peft.COMMON - {"peft_type"}) | files_peft.INERT | ({"method"} if own else set())
     for field, value in config.items():
         if field in free or (field not in expected and files_peft.empty(value)):
             continue
@@ -290,7 +290,8 @@ def _check_config(
                 f"{folder / CONFIG}: field {field!r} = {value!r} is not what {CARD} says; delete {CARD} to load the "
                 "folder by its config alone"
             )
-    if own and card and (card["method"], card.get("peft_compat")) != (config["method"], config["peft_compat"]):
+    told = (from_dict(card["method"]), card.get("peft_compat")) if own and card else None
+    if told is not None and told != (adapter.method, config["peft_compat"]):
         raise AdapterFileError(f"{folder}: {CONFIG} and {CARD} describe different methods")
 
 

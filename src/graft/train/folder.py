@@ -16,7 +16,6 @@ from graft.train.config import Run, make_run
 from graft.train.setup import Data
 from graft.train.state import PARTIAL
 
-
 DATA = "data.json"
 """Written before `run.yaml`: a folder with settings alone is a user's, not a run's."""
 
