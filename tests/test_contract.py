@@ -185,22 +185,16 @@ def test_packed_equals_unpacked(arch: str, method: Method) -> None:
     model, data = attached(arch, method), inputs(arch)
     perturb(graft.attach(model, graft.PrefixTuning(length=4), "prefix"), 3)
     entries = ["a", None, ("prefix", "a")]
-    ready, segments = [], []
-    for i, entry in enumerate(entries):
-        with graft.route(model, [entry]):
-            row = graft.prepare(model, row_of(data, i))
-        slots = row["input_ids"].shape[1] - int(data["attention_mask"][i].sum())
-        ready.append((row["input_ids"][0], slots))
-        segments.append((entry, row["input_ids"].shape[1]))
-    ids = torch.cat([ids for ids, _ in ready])[None]
-    positions = torch.cat([torch.arange(len(ids)) for ids, _ in ready])[None]
-    mask = torch.cat([torch.arange(len(ids)) < slots for ids, slots in ready])[None]
-    model.adapters.slots.note(ids, mask)
+    rows = [row_of(data, i)["input_ids"][0] for i in range(len(entries))]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    batch = {"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}
+    segments = [(entry, len(row)) for entry, row in zip(entries, rows, strict=True)]
+    ready = graft.prepare(model, batch, segments=segments)
+    segments = ready.pop("segments")
     with graft.route(model, segments=segments):
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        packed = model(**ready, use_cache=False).logits[0]
     for i, piece in enumerate(packed.split([length for _, length in segments])):
-        alone = run(model, [entries[i]], row_of(data, i))[0]
-        close(piece[ready[i][1] :], alone)
+        close(piece[-len(rows[i]) :], run(model, [entries[i]], row_of(data, i))[0])
 
 
 @each

@@ -153,12 +153,20 @@ def detach(model: PreTrainedModel, name: str | None = None) -> None:
         del model.adapters
 
 
-def prepare(model: PreTrainedModel, batch: dict[str, Any], rows: Sequence[Any] | None = None) -> dict[str, Any]:
+def prepare(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    rows: Sequence[Any] | None = None,
+    *,
+    segments: Sequence[tuple[Any, int]] | None = None,
+) -> dict[str, Any]:
     """Put the slots of soft prompts into a batch.
 
     Args:
         batch: `input_ids` (B, T) and what goes with them: `attention_mask`, `labels`, `token_type_ids`.
         rows: one entry per row; None for what is in use. Pass the same rows to `route`.
+        segments: (entry, length) for each run of tokens of a packed batch, instead of rows. The new batch then has a
+            `segments` entry with the new lengths: take it out and pass it to `route`.
 
     Returns:
         A new batch with ids, mask, labels (-100 at slots) and positions; the batch itself if no row has a soft prompt.
@@ -170,6 +178,8 @@ def prepare(model: PreTrainedModel, batch: dict[str, Any], rows: Sequence[Any] |
     bank = bank_of(model)
     if "input_ids" not in batch:
         raise RouteError("prepare needs input_ids: soft prompts are slot tokens in the data, not inputs_embeds")
+    if segments is not None:
+        return _prepare_packed(model, bank, batch, segments)
     size = batch["input_ids"].shape[0]
     entries = [known(bank, entry) for entry in slots.entries_of(rows, bank.current, size)]
     counts = [sum(delta.length for delta in bank.prompts(entry)) for entry in entries]
@@ -186,6 +196,18 @@ def prepare(model: PreTrainedModel, batch: dict[str, Any], rows: Sequence[Any] |
         positions=causal and slots.accepts(model, "position_ids"),
         keep_labels=roles.is_encoder_decoder(model),
     )
+    bank.slots.note(new["input_ids"], mask_BT)
+    return new
+
+
+def _prepare_packed(
+    model: PreTrainedModel, bank: Bank, batch: dict[str, Any], segments: Sequence[tuple[Any, int]]
+) -> dict[str, Any]:
+    entries = [known(bank, entry_of(entry)) for entry, _ in segments]
+    counts = [sum(delta.length for delta in bank.prompts(entry)) for entry in entries]
+    if not any(counts):
+        return {**batch, "segments": list(segments)}
+    new, mask_BT = slots.add_segment_slots(batch, segments, counts, slot_id=slots.slot_token(model.config))
     bank.slots.note(new["input_ids"], mask_BT)
     return new
 

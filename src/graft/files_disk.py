@@ -33,6 +33,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
+        if (new / TENSORS).exists() and (new / CONFIG).exists():
+            shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors writes for the owner alone
         if folder.exists():
             for item in folder.iterdir():
                 if item.name not in (CONFIG, TENSORS, CARD):

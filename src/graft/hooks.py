@@ -136,7 +136,7 @@ class SlotHook:
                 "a row has a soft prompt but the batch has no slots for it; "
                 "call graft.prepare(model, batch) first and pass what it returns"
             )
-        if bank.current.uniform is not None:
+        if bank.current.uniform is not None and not bank.current.by_token:
             return self.fill(bank.current.uniform, slots_BT, output)
         flat = bank.current.by_token
         emb = output.flatten(0, 1) if flat else output

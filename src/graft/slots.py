@@ -126,6 +126,30 @@ def add_slots(
     return new, slots
 
 
+def add_segment_slots(
+    batch: dict[str, Any], segments: Sequence[tuple[Any, int]], counts: Sequence[int], *, slot_id: int
+) -> tuple[dict[str, Any], Tensor]:
+    """A packed batch with `counts[i]` slots in front of segment i, and the (1, T) slot mask.
+
+    Args:
+        batch: `input_ids` (1, T), and if present `labels` (1, T). Positions restart at each segment.
+        segments: (entry, length) of each run of tokens; the new batch has them with their new lengths.
+    """
+    lengths = [length for _, length in segments]
+    if batch["input_ids"].shape != (1, sum(lengths)):
+        raise RouteError(f"the segments have {sum(lengths)} tokens, input_ids {tuple(batch['input_ids'].shape)}")
+    new = {**batch, "segments": [(entry, n + count) for (entry, n), count in zip(segments, counts, strict=True)]}
+    fills = {"input_ids": slot_id, "labels": -100}
+    for key in fills.keys() & batch.keys():
+        runs = zip(batch[key][0].split(lengths), counts, strict=True)
+        new[key] = torch.cat([part for run, n in runs for part in (run.new_full((n,), fills[key]), run)])[None]
+    device = batch["input_ids"].device
+    sizes = [length for _, length in new["segments"]]
+    new["position_ids"] = torch.cat([torch.arange(size, device=device) for size in sizes])[None]
+    pairs = zip(sizes, counts, strict=True)
+    return new, torch.cat([torch.arange(size, device=device) < count for size, count in pairs])[None]
+
+
 def _per_token(key: str, value: Any, ids_BT: Tensor) -> bool:
     named = key in ("labels", "token_type_ids", "special_tokens_mask")
     return named and isinstance(value, Tensor) and value.shape == ids_BT.shape

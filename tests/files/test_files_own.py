@@ -210,3 +210,9 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None
 def test_method_of_json_is_the_method() -> None:
     for method in MORE:
         assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
+
+
+def test_whoever_may_read_the_config_may_read_the_tensors(tmp_path: Path) -> None:
+    folder = graft.save(attached("llama", graft.LoRA()), "a", tmp_path / "a")
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert len(modes) == 1

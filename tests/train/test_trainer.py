@@ -119,6 +119,25 @@ def test_segments_equal_rows() -> None:
     assert torch.allclose(loss * 5, alone[0] * 3 + alone[1] * 2, atol=1e-5)
 
 
+def test_packed_soft_prompts_equal_rows() -> None:
+    model = started("llama", PromptTuning(length=3))
+    trainer = GraftTrainer(model, arguments(Path("unused")), train_dataset=features("llama"))
+    model.eval()
+    parts = [torch.tensor([[7, 8, 9, 11]]), torch.tensor([[12, 13, 6]])]
+    labels = [torch.tensor([[-100, 8, 9, 11]]), torch.tensor([[-100, 13, 6]])]
+    rows = [{"input_ids": i, "labels": n} for i, n in zip(parts, labels, strict=True)]
+    alone = [trainer.compute_loss(model, trainer.with_slots(row)) for row in rows]
+    packed = {
+        "input_ids": torch.cat(parts, 1),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
+        "labels": torch.cat(labels, 1),
+        "segments": [(None, 4), (None, 3)],
+    }
+    slotted = trainer.with_slots(packed)
+    assert slotted["segments"] == [({"default": 1.0}, 7), ({"default": 1.0}, 6)]
+    assert torch.allclose(trainer.compute_loss(model, slotted) * 5, alone[0] * 3 + alone[1] * 2, atol=1e-5)
+
+
 def test_soft_prompts_get_their_slots(tmp_path: Path) -> None:
     model, data = started("llama", PromptTuning(length=3)), features("llama", 2)
     tensors = {key: torch.tensor([row[key] for row in data]) for key in data[0]}

@@ -162,14 +162,10 @@ def _template(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
 
 
 def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Slots of soft prompts and prefix rows take positions too; and soft prompts cannot be packed."""
+    """Slots of soft prompts and prefix rows take positions too."""
     bank = bank_of(model)
     adapters = [bank[name] for name in data.names]
     slots = max(sum(delta.length for delta in bank.prompts(((each.name, 1.0),))) for each in adapters)
-    if slots and run.data.packing:
-        raise ConfigError(
-            f"data.packing: {adapters[0].method.name} puts a soft prompt before each row; turn packing off"
-        )
     taken = slots + max((shift for each in adapters for shift in each.shift.values()), default=0)
     context = base.context_length(model.config)
     longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])

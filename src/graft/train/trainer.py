@@ -135,7 +135,7 @@ class GraftTrainer(SavingTrainer):
         if not any(bank.prompts(((name, 1.0),)) for name in bank.names):
             return batch
         if batch.get("segments") is not None:
-            raise TrainingError("soft prompts cannot be packed yet; turn packing off")
+            return prepare(self.model, batch, segments=self._segments(batch["segments"]))
         return prepare(self.model, batch, self._entries(batch.get("adapter")))
 
     def routed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
@@ -145,13 +145,16 @@ class GraftTrainer(SavingTrainer):
             plain["use_cache"] = False
         segments = inputs.get("segments")
         if segments is not None:
-            entries = self._entries([entry for entry, _ in segments])
-            if entries is None and any(adapter.selected for adapter in bank_of(self.model)):
+            if any(adapter.selected for adapter in bank_of(self.model)):
                 return plain, contextlib.nullcontext()  # what trains the base itself cannot be routed, and need not be
-            entries = entries or [dict(bank_of(self.model).used)] * len(segments)
-            return plain, route(self.model, segments=[(e, n) for e, (_, n) in zip(entries, segments, strict=True)])
+            return plain, route(self.model, segments=self._segments(segments))
         entries = self._entries(inputs.get("adapter"))
         return plain, contextlib.nullcontext() if entries is None else route(self.model, entries)
+
+    def _segments(self, segments: Sequence[tuple[Any, int]]) -> list[tuple[Any, int]]:
+        """Packed segments with the entry that each gets; what is in use, if none of them names anything."""
+        entries = self._entries([entry for entry, _ in segments]) or [dict(bank_of(self.model).used)] * len(segments)
+        return [(entry, length) for entry, (_, length) in zip(entries, segments, strict=True)]
 
     def _entries(self, rows: Sequence[Any] | None) -> Sequence[Any] | None:
         """The entries of a batch; None for what is in use, which is what rows mean that all name nothing."""
