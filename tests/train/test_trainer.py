@@ -103,9 +103,9 @@ def test_rows_that_train_nothing_are_an_error(tmp_path: Path) -> None:
         quiet(GraftTrainer(model, arguments(tmp_path), train_dataset=rows))
 
 
-def test_segments_equal_rows() -> None:
+def test_segments_equal_rows(tmp_path: Path) -> None:
     model = started("llama", PrefixTuning(length=3))
-    trainer = GraftTrainer(model, arguments(Path("unused")), train_dataset=features("llama"))
+    trainer = GraftTrainer(model, arguments(tmp_path), train_dataset=features("llama"))
     model.eval()
     parts = [torch.tensor([[7, 8, 9, 11]]), torch.tensor([[12, 13, 6]])]
     alone = [trainer.compute_loss(model, {"input_ids": ids, "labels": ids}) for ids in parts]
@@ -119,9 +119,9 @@ def test_segments_equal_rows() -> None:
     assert torch.allclose(loss * 5, alone[0] * 3 + alone[1] * 2, atol=1e-5)
 
 
-def test_packed_soft_prompts_equal_rows() -> None:
+def test_packed_soft_prompts_equal_rows(tmp_path: Path) -> None:
     model = started("llama", PromptTuning(length=3))
-    trainer = GraftTrainer(model, arguments(Path("unused")), train_dataset=features("llama"))
+    trainer = GraftTrainer(model, arguments(tmp_path), train_dataset=features("llama"))
     model.eval()
     parts = [torch.tensor([[7, 8, 9, 11]]), torch.tensor([[12, 13, 6]])]
     labels = [torch.tensor([[-100, 8, 9, 11]]), torch.tensor([[-100, 13, 6]])]
