@@ -15,8 +15,7 @@ from torch import Tensor
 import graft
 from examples import label, perturb, routable
 from graft.method import CopyDelta, Method
-from test_mechanism import checkpointed
-from tiny import CONTRACT, EOS, PAD, batch, tiny
+from tiny import CONTRACT, EOS, PAD, batch, checkpointed, tiny
 
 DECODERS = ("llama", "gpt2", "gemma2", "mixtral", "llama_tied", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
 DECODERS += ("gpt_neox", "opt")

@@ -10,15 +10,9 @@ import torch
 
 import graft
 from examples import label, perturb, routable
-from tiny import batch, tiny
+from tiny import batch, checkpointed, tiny
 
 METHODS = [graft.LoRA(rank=3), graft.PrefixTuning(length=3), graft.PromptTuning(length=3)]
-
-
-def checkpointed(model: Any, **options: Any) -> None:
-    """Turn activation checkpointing on, whatever this transformers calls it."""
-    call = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    call(options or None)
 
 
 @torch.no_grad()

@@ -190,3 +190,9 @@ def _padded(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def checkpointed(model: Any, **options: Any) -> None:
+    """Turn activation checkpointing on, whatever this transformers calls it."""
+    call = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    call(options or None)

@@ -7,7 +7,7 @@ import torch
 from twins import data_of, far
 
 import graft
-from tiny import tiny
+from tiny import checkpointed, tiny
 
 
 @pytest.mark.parametrize("arch", ["llama", "llama_tied", "gpt2", "bert", "mt5", "bart"])
@@ -46,7 +46,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     for on in (False, True):
         model = tiny("llama").train()
         if on:
-            model.activation_checkpointing_enable()
+            checkpointed(model)
         graft.attach(model, graft.FullFineTuning())
         model(**data_of("llama", labels=True)).loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

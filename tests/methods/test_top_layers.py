@@ -11,7 +11,7 @@ from twins import close, data_of, far, lively
 
 import graft
 from graft.method import Build
-from tiny import tiny
+from tiny import checkpointed, tiny
 
 # arch -> settings, and what trains: beginnings of parameter names.
 TRAINED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -54,7 +54,7 @@ def test_what_trains(arch: str) -> None:
 def test_no_graph_below(arch: str, spoilt: str) -> None:
     model = tiny(arch, **{"n_layer" if arch == "gpt2" else "num_hidden_layers": 3}).train()
     if spoilt == "checkpointing":
-        model.activation_checkpointing_enable()
+        checkpointed(model)
     method = graft.TopLayers(count=1)
     adapter = graft.attach(model, method)
     if spoilt != "plain":
