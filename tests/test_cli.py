@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import graft
@@ -215,6 +216,7 @@ def test_evaluate_takes_columns_and_templates() -> None:
         (["--data", "rows.jsonl", "--adapter", "base=legal"], "'base' is what the bare base is called"),
         (["--data", "rows.jsonl", "--no-base"], "--no-base: name at least one --adapter"),
         (["--data", "rows.jsonl", "--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--data", "rows.jsonl", "--answers", "rows.jsonl"], "--answers rows.jsonl: it exists"),
         (["--data", "rows.jsonl", "--answers", "no/such/file"], "the folder no/such does not exist"),
         (["--data", "rows.jsonl", "--metrics", "loss", "--answers", "a.jsonl"], "no metric here needs answers"),
     ],
@@ -290,7 +292,8 @@ def test_the_wrong_base_is_refused_everywhere() -> None:
         ["merge", "./other", "legal", "out"],
         ["convert", "legal", "out", "--base", "./other", "--to", "peft"],
     ):
-        assert "made for LlamaForCausalLM" in refused(*arguments)
+        text = refused(*arguments)
+        assert "made for LlamaForCausalLM" in text and "check=" not in text and text.endswith("load that base\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- chat
@@ -384,6 +387,17 @@ def test_merge_that_computes_something_else_is_refused() -> None:
     card["probe"]["logits"] = [-value for value in card["probe"]["logits"]]
     Path("legal/graft.json").write_text(json.dumps(card))
     assert "merged is not written, the merged model is another" in refused("merge", "embedded", "legal", "merged")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_merge_on_a_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(model: Any, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    assert "merged: could not be written: " in refused("merge", "embedded", "legal", "new/merged")
 
 
 def test_merge_refuses_what_cannot_merge() -> None:
@@ -494,9 +508,10 @@ def test_a_classifier_from_training_to_a_plain_model() -> None:
     call("train", run_file(data={"train": "labels.jsonl", "template": {"mode": "classification"}}))
     more = ["--data", "labels.jsonl", "--answers", "out.jsonl"]
     found = evaluated("--adapter", "run/adapter", *more)
-    assert list(found) == ["base", "run"] and set(found["run"]) == {"loss", "accuracy", "macro_f1"}
+    assert list(found) == ["base (random head)", "run"] and set(found["run"]) == {"loss", "accuracy", "macro_f1"}
     answers = [json.loads(line)["answers"] for line in Path("out.jsonl").read_text().splitlines()]
     assert {answer["run"] for answer in answers} <= {"yes", "no"}
+    assert evaluated("--adapter", "run/adapter", "--data", "labels.jsonl") == found  # the head is seeded
     call("merge", "embedded", "run/adapter", "merged", "--precision", "fp32")
     arguments = ["evaluate", "./merged", "--data", "labels.jsonl", "--precision", "fp32", "--json"]
     assert json.loads(call(*arguments)[0])["base"] == pytest.approx(found["run"], abs=1e-4)

@@ -196,14 +196,16 @@ def test_layers() -> None:
     model = tiny("t5")
     assert {site.layer for site in select(model, QUERY_VALUE, layers=1)} == {1}
     assert {site.stack for site in select(model, QUERY_VALUE, layers=1)} == {"encoder", "decoder"}
-    assert select(model, QUERY_VALUE, layers=30) == select(model, QUERY_VALUE)
+    assert select(model, QUERY_VALUE, layers=2) == select(model, QUERY_VALUE)
     for layers in ([0], (0,), range(1)):
         assert {site.layer for site in select(model, QUERY_VALUE, layers=layers)} == {0}
     assert "lm_head" not in paths(select(model, [*QUERY_VALUE, "lm_head"], layers=2))
     with pytest.raises(SiteError, match=r"no layer 2 .*it has 0 to 1"):
         select(model, QUERY_VALUE, layers=[0, 2])
-    with pytest.raises(SiteError, match="asks for no layer"):
+    with pytest.raises(SiteError, match="a count from 1 to 2"):
         select(model, QUERY_VALUE, layers=0)
+    with pytest.raises(SiteError, match="a count from 1 to 2"):
+        select(model, QUERY_VALUE, layers=30)
     with pytest.raises(SiteError, match="leave no site"):
         select(model, ["lm_head"], layers=1)
 

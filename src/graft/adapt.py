@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from graft import attend, freeze, roles, slots
 from graft.bank import Adapter, Bank, bank_of, key_of, known
 from graft.errors import ConfigError, RouteError, SiteError
@@ -61,6 +63,9 @@ class route:
         if (rows is None) == (segments is None):
             raise RouteError("give either rows or segments")
         self.route = Route.of_rows(rows) if rows is not None else Route.of_segments(segments or [])
+        self._check()
+
+    def _check(self) -> None:
         if self.bank.originals is not None:
             raise RouteError("the model is merged; call graft.unmerge before routing")
         for entry in set(self.route.entries):
@@ -73,11 +78,12 @@ class route:
                 )
 
     def __enter__(self) -> Route:
+        self._check()  # again: adapters may have gone, or been merged, since the route was made
         self.bank.enter(self.route)
         return self.route
 
     def __exit__(self, *_: object) -> None:
-        self.bank.enter(None)
+        self.bank.leave(self.route)
 
 
 def attach(
@@ -99,6 +105,8 @@ def attach(
         ConfigError: a bad or taken name, or a method that contradicts what is attached.
         SiteError: the model lacks a place that the method needs.
     """
+    if isinstance(method, type):
+        raise ConfigError(f"method: give an instance, {method.__name__}(...), not the class")
     if not isinstance(method, Method):
         read = next((found for reader in FOREIGN if (found := reader(method)) is not None), None)
         if read is None:
@@ -109,18 +117,24 @@ def attach(
         raise ConfigError(f"model.adapters is taken by a {type(bank).__name__}; Graft needs that name")
     _check(bank, method, name)
     adapter = _made(model, method, name, peft_compat)
-    adapter.requires_grad_(trainable)
     adapter.train(model.training)
     if bank is None:
         bank = Bank()
         freeze.freeze(model, bank)
         model.adapters = bank
-        bank.watch(model)
     bank.held[key_of(name)] = adapter
-    bank.place(model, adapter)
-    if isinstance(method, SelectMethod):
-        freeze.claim(model, bank, adapter, trainable)
-    freeze.ignore_on_save(model, bank)
+    try:
+        if len(bank) == 1:
+            bank.watch(model)
+        bank.place(model, adapter)
+        if isinstance(method, SelectMethod):
+            freeze.claim(model, bank, adapter, trainable)
+        else:
+            adapter.requires_grad_(trainable)
+        freeze.ignore_on_save(model, bank)
+    except BaseException:
+        _take_off(model, bank, name)
+        raise
     bank.unchecked.add(name)
     if len(bank) == 1:
         use(model, name)
@@ -138,13 +152,20 @@ def detach(model: PreTrainedModel, name: str | None = None) -> None:
         raise RouteError("the model is merged; call graft.unmerge before detaching")
     for each in bank.names if name is None else (name,):
         known(bank, ((each, 1.0),))
+        if any(each in route.names for route in bank.routes):
+            raise RouteError(f"adapter {each!r} is in a route that has not ended; detach it after the block")
         if any(each == used for used, _ in bank.used):
             use(model, None)
-        adapter = bank[each]
-        bank.remove(model, adapter)
-        freeze.unclaim(model, adapter)
-        del bank.held[key_of(each)]
-        bank.unchecked.discard(each)
+        _take_off(model, bank, each)
+
+
+def _take_off(model: PreTrainedModel, bank: Bank, name: str) -> None:
+    """Remove an adapter and its hooks; with the last one everything that the first attach did."""
+    adapter = bank[name]
+    bank.remove(model, adapter)
+    freeze.unclaim(model, adapter)
+    del bank.held[key_of(name)]
+    bank.unchecked.discard(name)
     freeze.ignore_on_save(model, bank)
     if not len(bank):
         attend.uninstall(bank)
@@ -178,6 +199,10 @@ def prepare(
     bank = bank_of(model)
     if "input_ids" not in batch:
         raise RouteError("prepare needs input_ids: soft prompts are slot tokens in the data, not inputs_embeds")
+    if not isinstance(batch["input_ids"], Tensor):
+        raise RouteError("prepare needs input_ids as a (B, T) tensor; pad the rows first")
+    if bank.slots.find(batch["input_ids"]) is not None:
+        return batch  # it has its slots already
     if segments is not None:
         return _prepare_packed(model, bank, batch, segments)
     size = batch["input_ids"].shape[0]
@@ -191,7 +216,7 @@ def prepare(
         batch,
         counts,
         slot_id=slots.slot_token(config),
-        pad_id=config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0,
+        pad_id=max(pad, 0) if isinstance(pad := getattr(config, "pad_token_id", None), int) else 0,
         side="left" if causal and "labels" not in batch else "right",
         positions=causal and slots.accepts(model, "position_ids"),
         keep_labels=roles.is_encoder_decoder(model),
@@ -235,7 +260,9 @@ def _made(model: PreTrainedModel, method: Method, name: str, peft_compat: bool) 
         parameters = dict(model.named_parameters())
         adapter.selected = {each: parameters[each] for each in method.chosen(build)}
         return adapter
-    sites = method.sites(build)
+    heads = roles.task_heads(model) if method.head else []
+    # What stands inside a head is trained whole, with the head's copy.
+    sites = [site for site in method.sites(build) if not any(site.path.startswith(f"{h.path}.") for h in heads)]
     adapter.shared = method.shared(sites, build)
     for site in sites:
         delta = method.delta(site, build)
@@ -243,12 +270,23 @@ def _made(model: PreTrainedModel, method: Method, name: str, peft_compat: bool) 
             adapter.add(site, delta)
     for site, delta in method.extras(build):
         adapter.add(site, delta)
-    heads = roles.task_heads(model) if method.head else []
-    whole = [*heads, *(site for each in method.modules_to_save for site in _named(model, each))]
-    for site in {site.path: site for site in whole}.values():
+    whole = {site.path: site for each in method.modules_to_save for site in _named(model, each)}
+    _refuse_overlap(method, [*adapter.sites, *whole], list(whole))
+    for site in {**{head.path: head for head in heads}, **whole}.values():
         if site.path not in adapter.sites:
             adapter.add(site, CopyDelta(site.module))
     return adapter
+
+
+def _refuse_overlap(method: Method, paths: list[str], whole: list[str]) -> None:
+    """A module that is trained whole answers for all inside it: nothing else may sit there."""
+    for path in whole:
+        inside = [each for each in paths if each == path or each.startswith(f"{path}.")]
+        if len(inside) > 1:
+            raise SiteError(
+                f"modules_to_save: {path} is trained whole, so {method.name} cannot act at {inside[-1]} too; "
+                "name one of the two"
+            )
 
 
 def _named(model: PreTrainedModel, name: str) -> list[Site]:

@@ -234,8 +234,10 @@ def check(model: PreTrainedModel, site: Site) -> None:
 
 def unseat(model: nn.Module, bank: Bank, site: Site, name: str) -> None:
     """Take a delta away; the last one takes the seat, and the last seat the functions."""
-    here: Seat = site.module.__dict__["_graft_seat"]
-    del here.deltas[name]
+    here: Seat | None = site.module.__dict__.get("_graft_seat")
+    if here is None:
+        return
+    here.deltas.pop(name, None)
     if not here.deltas:
         del site.module.__dict__["_graft_seat"]
     if not any("_graft_seat" in module.__dict__ for module in model.modules()):
@@ -257,6 +259,17 @@ def install(model: nn.Module, bank: Bank) -> None:
             bank.attention.append((config, now))
     for config, old in bank.attention:
         config._attn_implementation = PREFIX + old
+
+
+def keep(bank: Bank) -> None:
+    """Put our functions back where something else has set the attention since; a kernel that we lack is refused."""
+    for i, (config, _) in enumerate(bank.attention):
+        now = config._attn_implementation
+        if not now.startswith(PREFIX):
+            if now not in TAKEN:
+                raise SiteError(f"attn_implementation={now!r} was set since the attach; prefix rows need 'sdpa' or 'eager'")
+            bank.attention[i] = (config, now)
+            config._attn_implementation = PREFIX + now
 
 
 def uninstall(bank: Bank) -> None:

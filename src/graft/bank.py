@@ -6,6 +6,7 @@ and `detach` gives back the very same model.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -209,8 +210,10 @@ class Bank(nn.Module):
             raise RouteError(
                 "a row has a soft prompt but the model got inputs_embeds; pass the input_ids that graft.prepare returns"
             )
+        freeze.replay_checkpoints(self)
         if root:
-            freeze.replay_checkpoints(self)
+            attend.keep(self)
+            self.current.check_packed(module, kwargs)
             quiet = self.asleep or torch.compiler.is_compiling() or kwargs.get("encoder_outputs") is not None
             self.visited = set() if self.unchecked and not quiet else None
 
@@ -228,12 +231,14 @@ class Bank(nn.Module):
                 )
         self.unchecked.clear()
 
-    def enter(self, route: Route | None) -> None:
-        """Make a route the inner one; None ends the inner one, and what is in use holds outside of all."""
-        if route is None:
-            self.routes.pop()
-        else:
-            self.routes.append(route)
+    def enter(self, route: Route) -> None:
+        """Make a route the inner one."""
+        self.routes.append(route)
+        self.refresh()
+
+    def leave(self, route: Route) -> None:
+        """End this very route, even if another one was begun after it; what is in use holds outside of all."""
+        self.routes = [other for other in self.routes if other is not route]
         self.refresh()
 
     def refresh(self) -> None:
@@ -279,9 +284,12 @@ class Bank(nn.Module):
         if isinstance(delta, InputDelta) and f"{site.path}:slots" not in self.handles:
             slot_hook = SlotHook(self, site.path)
             self.hook(f"{site.path}:slots", site.module.register_forward_hook(slot_hook.after))
+        if isinstance(delta, InputDelta):
             self._place_poolers(model)
 
     def _place_poolers(self, model: nn.Module) -> None:
+        if ":pool" in self.handles:
+            return
         hook = PoolHook(self)
         for kind, module in pooled(model):
             if kind == "input":
@@ -305,9 +313,10 @@ class Bank(nn.Module):
             if isinstance(delta, AttentionDelta):
                 attend.unseat(model, self, site, adapter.name)
                 continue
-            hook = self.hooks[site.path]
-            del hook.deltas[adapter.name]
-            if not hook.deltas:
+            hook = self.hooks.get(site.path)
+            if hook is not None:
+                hook.deltas.pop(adapter.name, None)
+            if hook is not None and not hook.deltas:
                 del self.hooks[site.path]
                 self._unhook(site.path, f"{site.path}:before", f"{site.path}:slots")
         if not any(other.shift for other in self if other is not adapter):
@@ -332,7 +341,8 @@ class Bank(nn.Module):
         if base is not model:
             watched.append(base)
         if roles.is_encoder_decoder(model):
-            watched.append(model.get_encoder())
+            with contextlib.suppress(AttributeError):  # a stack alone, whose config speaks of two
+                watched.append(model.get_encoder())
         for module in watched:
             hook = RootHook(self, check=module is model)
             self.hook(":root", module.register_forward_pre_hook(hook.before, with_kwargs=True))

@@ -27,6 +27,8 @@ CALM = {
     "DATASETS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+PYTHON_ONLY = ', or pass check="warn" or check="off"'
+"""Advice in errors that no verb has an option for."""
 HELP = "/help lists the commands, /exit ends."
 app = typer.Typer(
     name="graft",
@@ -74,7 +76,8 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
             if debug or isinstance(error, BrokenPipeError):
                 raise
             code = getattr(error, "exit_code", 2)
-            _say(("" if code == 130 else "error: ") + " ".join(str(error).split()))
+            text = " ".join(str(error).split()).replace(PYTHON_ONLY, "")
+            _say(("" if code == 130 else "error: ") + text)
             raise typer.Exit(code) from None
 
     return app.command()(guarded)
@@ -183,6 +186,7 @@ def evaluate(
 ) -> None:
     """Score adapters and their base, side by side in the same batches."""
     from graft.data.rows import load_rows
+    from graft.evaluate.batches import BASE_LABEL
     from graft.evaluate.generate import Decoding
     from graft.evaluate.opening import open_base, with_kind
     from graft.evaluate.run import check_request, examine
@@ -212,6 +216,8 @@ def evaluate(
             truncate=truncate,
             progress=progress,
         )
+    if opened.random_head:
+        found = found.renamed(BASE_LABEL, f"{BASE_LABEL} (random head)")
     if answers is not None:
         found.write(answers, rows)
     _print_json(found.scores) if as_json else typer.echo(str(found))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from graft import probe
@@ -114,6 +115,7 @@ def _free(output: Path) -> None:
 def _written(output: Path) -> Iterator[Path]:
     """A folder under another name that takes its own at the end, or vanishes."""
     new = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.new"
+    missing = [parent for parent in output.absolute().parents if not parent.exists()]
     try:
         new.parent.mkdir(parents=True, exist_ok=True)
         yield new
@@ -122,6 +124,9 @@ def _written(output: Path) -> Iterator[Path]:
         new.rename(output)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError):
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError | safetensors.SafetensorError):
             raise AdapterFileError(f"{output}: could not be written: {error}") from error
         raise

@@ -122,10 +122,12 @@ def load(
     config, card = read_config(folder), read_card(folder)
     tensors = files_disk.read_tensors(folder, card)
     method, peft_compat, own = _method(model, folder, config, card)
-    note = _check_base(model, folder, card, check)
+    note = _check_base(model, folder, card, check) or _other_name(model, config, card)
     name = folder.resolve().name if name is None else name
     with probe.random_kept(model):
-        start = dataclasses.replace(method, init="random") if hasattr(method, "tokenizer") else method  # type: ignore[call-arg]
+        start = method
+        if hasattr(method, "tokenizer"):  # its rows come from the file, not from a text
+            start = dataclasses.replace(method, init="random", text=None, labels=None)  # type: ignore[call-arg]
         try:
             adapter = attach(model, start, name, peft_compat=peft_compat, trainable=trainable)
         except SiteError as error:
@@ -316,6 +318,14 @@ def _check_base(model: nn.Module, folder: Path, card: dict[str, Any], check: str
         if note:
             log.info("%s: %s", folder, note)
     return note
+
+
+def _other_name(model: nn.Module, config: dict[str, Any], card: dict[str, Any]) -> str | None:
+    """peft's folder has no fingerprint: all that it tells of its base is a name."""
+    told, here = str(config.get("base_model_name_or_path") or ""), files_forms.base_name(model)
+    if card or not told or not here or Path(told).name == Path(here).name:
+        return None
+    return f"made for {told}, this base is {here}; a folder of peft has no fingerprint to tell if they are the same"
 
 
 def _check_version(data: dict[str, Any], path: Path) -> None:

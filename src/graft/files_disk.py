@@ -28,6 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` at the end, with what else was in there; or vanishes."""
+    folder = folder.resolve() if folder.is_symlink() else folder
     missing = [parent for parent in folder.absolute().parents if not parent.exists()]
     new, old = (folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.{end}" for end in ("new", "old"))
     try:

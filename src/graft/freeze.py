@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from graft.errors import ConfigError
@@ -51,7 +52,9 @@ def ignore_on_save(model: nn.Module, bank: Bank) -> None:
     """Keep the adapters' keys out of the base's own files, which are matched by exact name."""
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     kept = {key for key in ignored or () if not key.startswith("adapters.")}
-    new: Any = kept | {f"adapters.{key}" for key in bank.state_dict()}
+    # One key more than there are: a Trainer that loads such a checkpoint then warns that the adapters are not in it.
+    own = {f"adapters.{key}" for key in bank.state_dict()}
+    new: Any = kept | own | ({"adapters."} if own else set())
     if new or ignored is not None:
         model._keys_to_ignore_on_save = new
 
@@ -95,7 +98,8 @@ def swap(adapter: Adapter) -> None:
     """Exchange the base's values and the other ones that are kept; only the adapter's own may train."""
     for name, parameter in adapter.selected.items():
         kept = parameter.detach().clone()
-        parameter.data.copy_(adapter.other[name])
+        with torch.no_grad():
+            parameter.copy_(adapter.other[name])  # not .data: autograd shall see a graph that has become stale
         adapter.other[name] = kept
         parameter.requires_grad_(adapter.trains and not adapter.acting)
     adapter.acting = not adapter.acting

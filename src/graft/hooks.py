@@ -53,6 +53,7 @@ class SiteHook:
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.bank.asleep:
             return None
+        self._need(args)
         self.bank.visit(self.path)
         x = self._map(self._run_before, (args[0],))
         return None if x is None else (x, *args[1:])
@@ -60,12 +61,17 @@ class SiteHook:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.bank.asleep:
             return None
+        self._need(args)
         self.bank.visit(self.path)
         y = output[0] if isinstance(output, tuple) else output
         new = self._spanning(args, y) if self.taps else self._map(self._run_after, (args[0], y))
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _need(self, args: tuple[Any, ...]) -> None:
+        if not args:
+            raise RouteError(f"{self.path} is called with keywords alone; no delta can act there, name what is inside")
 
     def _spanning(self, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         """As `after`, where some deltas read the input of another module instead of this one's."""
@@ -126,11 +132,17 @@ class SlotHook:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         bank = self.bank
-        if bank.asleep or not bank.prompted or bank.continues:
+        if bank.asleep:
             return None
         bank.visit(self.path)
-        ids_BT = args[0]
-        slots_BT = bank.slots.find(ids_BT, bank.current)
+        compiling = torch.compiler.is_compiling()
+        if compiling and not bank.prompted:
+            return None
+        slots_BT = bank.slots.find(args[0])
+        if slots_BT is not None and not compiling:
+            self._check(slots_BT)
+        if slots_BT is None and (bank.continues or not bank.prompted):
+            return None
         if slots_BT is None:
             raise RouteError(
                 "a row has a soft prompt but the batch has no slots for it; "
@@ -148,16 +160,26 @@ class SlotHook:
             indices.append(group.index)
         return emb.index_copy(0, torch.cat(indices), torch.cat(news)).view_as(output)
 
+    def _check(self, slots_BT: Tensor) -> None:
+        """Each row, or each run of tokens, must have as many slots as its prompts have rows."""
+        route = self.bank.current
+        if route.by_token:
+            found = [int(run.sum()) for run in slots_BT.flatten().split(list(route.lengths or ()))]
+            entries = list(route.entries)
+        else:
+            found, entries = slots_BT.sum(-1).tolist(), self.bank.row_entries(slots_BT.shape[0])
+        if found != [sum(delta.length for delta in self.bank.prompts(entry)) for entry in entries]:
+            raise RouteError(
+                "the batch was prepared for other rows than the route has; give this route a batch prepared for it "
+                "(for the base: the one that was not prepared)"
+            )
+
     def fill(self, entry: Entry, slots: Tensor, emb: Tensor) -> Tensor:
         """Put the prompts of one entry where the mask says; each row (or run of tokens) starts at the first slot."""
         prompts = [delta.rows_PD() for delta in self.bank.prompts(entry)]
         if not prompts:
             return emb
         rows_PD = torch.cat(prompts).to(emb.dtype)
-        if not torch.compiler.is_compiling() and not slots.is_meta:
-            full = slots.sum(-1) == rows_PD.shape[0]
-            if not (bool(full.all()) if slots.dim() == 2 else int(slots.sum()) % rows_PD.shape[0] == 0):
-                raise RouteError("the batch was prepared for other rows than the route has; prepare it again")
         which = (slots.long().cumsum(-1) - 1).clamp(min=0) % rows_PD.shape[0]
         return torch.where(slots.unsqueeze(-1), rows_PD[which], emb)
 
@@ -223,6 +245,8 @@ class PositionHook:
             given["position_ids"] = ids + offset
         elif ids is not None:
             given["position_ids"] = ids + offset
+        elif not isinstance(offset, int) and "position_ids" not in names:
+            raise RouteError("this model's positions cannot differ by row; give rows with one prefix length a batch")
         elif isinstance(offset, int):
             given["past_key_values_length"] = past + offset
         else:
@@ -293,7 +317,8 @@ class _Under:
 
 def pooled(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules whose "input" a pooler reads at index 0, or whose "output" a sequence classifier so reads."""
-    if roles.is_decoder(model) or roles.is_encoder_decoder(model):
+    mean = getattr(getattr(model, "config", None), "classifier_pooling", None) == "mean"
+    if mean or roles.is_decoder(model) or roles.is_encoder_decoder(model):
         return []
     # The role is the linear's; what picks index 0 is the module around it.
     paths = [site.path.rpartition(".")[0] for site in roles.sites(model) if site.role == "pooler"]

@@ -54,6 +54,8 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
         raise MergeError("the model is merged already; call graft.unmerge first")
     if tied not in TIED:
         raise MergeError(f"tied is one of {', '.join(TIED)}, not {tied!r}")
+    if bank.routes:
+        raise MergeError("a route has not ended; merge after its block")
     if chosen == BASE:
         raise MergeError("name at least one adapter to merge")
     hooks = _hooks(bank, chosen)
@@ -162,7 +164,7 @@ def _merge_site(
         raise MergeError(f"{path}: a trained copy and another change meet here; merge one of the two adapters")
     for copied, weight in copies:
         for own, new in zip(module.parameters(), copied.copy.parameters(), strict=True):
-            own.data.copy_(new if weight == 1.0 else own.float() + weight * (new - own.float()))
+            own.copy_(new if weight == 1.0 else own.float() + weight * (new - own.float()))
     if not rest:
         return
     # All sums first, one write behind: deltas of biases look at the base's own bias.
@@ -182,9 +184,9 @@ def _merge_site(
     if matrix:
         set_weight_OI(module, weight_now)
     if bias_now is not None and bias is None:
-        module.bias = nn.Parameter(bias_now.to(module.weight.dtype), requires_grad=False)
-    elif bias_now is not None:
-        bias.data.copy_(bias_now)  # type: ignore[union-attr]
+        raise MergeError(f"{path} has no bias that this adapter's could be merged into; a saved model would lose it")
+    if bias_now is not None:
+        bias.copy_(bias_now)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -193,5 +195,5 @@ def _put_back(kept: list[Kept]) -> None:
         if item.parameter is None or item.value is None:
             item.module.register_parameter(item.name, None)
             continue
-        item.parameter.data.copy_(item.value)
+        item.parameter.copy_(item.value)  # not .data: autograd shall see a graph that has become stale
         item.module.register_parameter(item.name, item.parameter)

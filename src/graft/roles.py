@@ -80,7 +80,8 @@ def sites(model: nn.Module, *, unnamed: bool = False) -> list[Site]:
     found = []
     for path, module in modules.items():
         role = roles.get(path)
-        if role is None and unnamed and (is_linear(module) or is_embedding(module)):
+        known = is_linear(module) or (is_embedding(module) and not path.endswith(vocabulary.UNBATCHED))
+        if role is None and unnamed and known:
             role = OTHER
         if role is not None:
             found.append(Site(path, role, layer_of(path, modules), module, *_sizes(module, hidden)))
@@ -302,6 +303,8 @@ def _matching(model: nn.Module, everything: list[Site], targets: Targets, field:
     """Paths of the sites that fit; every entry must fit at least one."""
     if isinstance(targets, str) and targets not in _ENTRIES:
         found = _all_linear(everything) if targets.lower() == ALL_LINEAR else _by_regex(everything, targets)
+        if not found and any(_name_fits(site.path, targets) for site in everything):
+            raise SiteError(f"{field}: a string is a regex for a whole path; to name modules write a list, [{targets}]")
         if not found:
             raise _nothing(model, everything, targets, field)
         return found
@@ -359,8 +362,9 @@ def _in_layers(model: nn.Module, chosen: list[Site], layers: Layers) -> list[Sit
     numbered = [(site, site.layer, container_of(site.path)) for site in chosen if site.layer is not None]
     depth = {name: len(children_of(model.get_submodule(name))) for _, _, name in numbered}
     if isinstance(layers, int):
-        if layers < 1:
-            raise SiteError(f"layers={layers} asks for no layer: give a count of at least 1, or a list of indices")
+        most = max(depth.values(), default=layers)
+        if not 1 <= layers <= most:
+            raise SiteError(f"layers={layers}: give a count from 1 to {most}, or a list of indices")
         return [site for site, layer, name in numbered if layer >= depth[name] - layers]
     deepest = max(depth.values(), default=0)
     missing = [index for index in layers if not 0 <= index < deepest]

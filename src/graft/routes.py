@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.errors import RouteError
 
@@ -127,6 +127,17 @@ class Route:
         elif len(self.entries) > 1:
             self.check_rows(inputs.shape[0])
 
+    def check_packed(self, model: nn.Module, options: dict[str, Any]) -> None:
+        """Raise RouteError where transformers would let the texts of a packed batch see each other."""
+        if self.lengths is None or len(self.lengths) < 2:
+            return
+        default = getattr(getattr(model, "config", None), "use_cache", False)
+        if options.get("use_cache", default) and options.get("past_key_values") is None:
+            raise RouteError("a packed batch needs use_cache=False; with a cache its texts would see each other")
+        mask = options.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            raise RouteError("a packed batch takes no (B, T) attention_mask; with one its texts would see each other")
+
     def check_rows(self, batch: int) -> None:
         """Raise RouteError unless a batch of that many rows is a whole multiple of the route's rows."""
         rows = len(self.entries)
@@ -144,7 +155,7 @@ class Route:
         """
         if torch.compiler.is_compiling():
             return self._groups(size, device)
-        key = (size, device)
+        key = (size, device, torch.is_inference_mode_enabled())
         if key not in self._cache:
             self._cache[key] = self._groups(size, device)
         return self._cache[key]

@@ -43,7 +43,8 @@ class Slots:
         """Remember where the slots of these ids are; both (B, T)."""
         self.known.appendleft(Prepared(ids_BT.detach().clone(), mask_BT.clone()))
 
-    def find(self, ids_BT: Tensor, route: Route) -> Tensor | None:
+    @torch.compiler.disable  # which batch it is depends on the ids: a compiled graph would guess
+    def find(self, ids_BT: Tensor) -> Tensor | None:
         """The (B, T) slot mask of these ids, or None if they were never prepared.
 
         Rows may be repeated consecutively (beams), and columns may have been appended (generation without a cache).
@@ -65,10 +66,8 @@ def _fit(prepared: Prepared, ids_BT: Tensor) -> Tensor | None:
         return None
     times = ids_BT.shape[0] // rows
     device = ids_BT.device
-    if not torch.compiler.is_compiling():
-        ids = prepared.ids_BT.to(device).repeat_interleave(times, 0)
-        if not torch.equal(ids, ids_BT[:, :length]):
-            return None
+    if ids_BT.is_meta or not torch.equal(prepared.ids_BT.to(device).repeat_interleave(times, 0), ids_BT[:, :length]):
+        return None
     mask = prepared.mask_BT.to(device).repeat_interleave(times, 0)
     return torch.nn.functional.pad(mask, (0, ids_BT.shape[1] - length))
 
@@ -120,6 +119,10 @@ def add_slots(
         slots[b, first : first + count] = True
         for key, value in extra.items():
             value[b, first + count : first + length] = batch[key][b, start:stop]
+        for key in ("start_positions", "end_positions"):
+            if isinstance(new.get(key), Tensor):
+                new[key] = new[key].clone()
+                new[key][b] += first + count - start
     new = {"input_ids": new_ids, "attention_mask": new_mask, **new, **extra}
     if positions:
         new["position_ids"] = (new_mask.cumsum(-1) - 1).clamp(min=0)
@@ -152,7 +155,7 @@ def add_segment_slots(
 
 def _per_token(key: str, value: Any, ids_BT: Tensor) -> bool:
     named = key in ("labels", "token_type_ids", "special_tokens_mask")
-    return named and isinstance(value, Tensor) and value.shape == ids_BT.shape
+    return named and isinstance(value, Tensor) and value.shape == ids_BT.shape and not value.is_floating_point()
 
 
 def slot_token(config: Any) -> int:

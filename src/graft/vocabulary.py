@@ -24,6 +24,9 @@ _IN_FFN = r"(?:^|\.)(?:mlp|feed_forward|ffn|DenseReluDense|block_sparse_moe|ff)\
 _NAME = r"(?:^|\.)"
 _MOE = re.compile(r"(?:^|\.)(?:mlp|feed_forward|ffn|block_sparse_moe|moe)$")
 
+UNBATCHED = ("relative_attention_bias",)
+"""Embeddings of positions against positions: no rows reach them, so no route could."""
+
 CROSS = re.compile(rf"(?:^|\.)(?:{_CROSS})(?:\.|_|$)")
 
 # Experts are fused parameters or routed per token: no linear there sees every token, so none can be a site.

@@ -79,7 +79,7 @@ def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
     """
     if quantized(module):
         raise MergeError(
-            f"cannot write into a quantized {type(module).__name__}: merge with into='bf16', which gives a new model"
+            f"cannot write into a quantized {type(module).__name__}: load the base in 16 or 32 bit"
         )
     in_features, out_features = features(module)
     if tuple(weight_OI.shape) != (out_features, in_features):
@@ -88,7 +88,7 @@ def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
             f"give (out, in) = ({out_features}, {in_features})"
         )
     stored = weight_OI.T if transposed(module) else weight_OI
-    module.get_parameter("weight").data.copy_(stored)
+    module.get_parameter("weight").copy_(stored)
 
 
 def _no_weight(module: nn.Module) -> SiteError:

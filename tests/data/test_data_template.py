@@ -86,7 +86,7 @@ def test_generation_starts_from_the_trained_prefix(bpe: PreTrainedTokenizerBase,
             for kind in ("chat", "plain", "instruction", "alpaca"):
                 if kind != "chat" and row.form == "chat":
                     continue
-                template = Template(kind=kind, turns="last")
+                template = Template(kind=kind, turns="last" if kind == "chat" else "all")
                 example = template.example(row, tokenizer)
                 prompt = template.prompt_ids(row, tokenizer)
                 assert example.input_ids[: len(prompt)] == prompt
@@ -117,6 +117,12 @@ def test_template_that_rewrites_earlier_turns(bpe: PreTrainedTokenizerBase) -> N
     counted = Template(chat_template="{{ messages | length }}" + NO_END)
     with pytest.raises(DataError, match=r"a\.jsonl row 1: the chat template rewrites earlier turns"):
         counted.example(chat(), bpe)
+
+
+@pytest.mark.parametrize("text", ["{{ messages[0].content }}", NO_END.replace("m['content']", "m['content'][:4]")])
+def test_template_that_drops_the_answer(bpe: PreTrainedTokenizerBase, text: str) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl row 1: the chat template leaves out some or all of turn"):
+        Template(chat_template=text).example(chat(TURNS[1:3]), bpe)
 
 
 def test_end_token_is_added_when_the_template_has_none(bpe: PreTrainedTokenizerBase) -> None:
@@ -225,7 +231,8 @@ def test_json_round_trip(bpe: PreTrainedTokenizerBase) -> None:
     for template in (
         Template().fit(rows, bpe),
         Template(mode="classification").fit(rows, bpe),
-        Template(kind="alpaca", train_on="all", turns="last", system="s", separator="", seed=4),
+        Template(kind="alpaca", train_on="all", separator="", seed=4),
+        Template(kind="chat", turns="last", system="s", chat_template="x"),
     ):
         assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template
     assert Template.from_dict(None) == Template() and Template.from_dict("alpaca").kind == "alpaca"
@@ -275,6 +282,17 @@ BAD_SETTINGS = [
     ({"seed": "x"}, "seed: expected a whole number"),
     ({"system": 3}, "system: expected text"),
     ({"label_names": "abc"}, "expected a list of names"),
+    ({"templates": ["{text}"], "verbalizer": {0: False}}, "word for 0 is False, not text; put quotes around it"),
+    ({"templates": ["{text}"], "verbalizer": {0: 1}}, "word for 0 is 1, not text; put quotes around it"),
+    ({"templates": ["{text}"], "verbalizer": {True: "good"}}, "label True is no text or number; put quotes"),
+    ({"mode": "classification", "label_names": [False, True]}, "label_names: False is no text .*; put quotes"),
+    ({"kind": "plain", "system": "s"}, "system: it has no meaning with kind 'plain'"),
+    ({"kind": "alpaca", "turns": "last"}, "turns: it has no meaning with kind 'alpaca'"),
+    ({"kind": "chat", "mode": "seq2seq", "turns": "last"}, "turns: it has no meaning with mode 'seq2seq'"),
+    ({"kind": "chat", "separator": "x"}, "separator: it has no meaning with kind 'chat'"),
+    ({"kind": "plain", "mode": "seq2seq", "separator": "x"}, "separator: it has no meaning with mode 'seq2seq'"),
+    ({"label_names": ["a"]}, "label_names: it has no meaning with mode 'causal'"),
+    ({"kind": "plain", "chat_template": "x"}, "chat_template: it has no meaning with kind 'plain'"),
 ]
 
 

@@ -59,8 +59,19 @@ def render_turns(
         if message.role == "assistant" and (last or turns == "all"):
             start = _start(messages, number, full, tokenizer, template, where)
             stop = len(full) if last else _stop(messages, number, full, start, tokenizer, template, where)
-            spans.append((start, _to_end_token(full, start, stop, tokenizer.eos_token)))
+            stop = _to_end_token(full, start, stop, tokenizer.eos_token)
+            _check_said(message.content, full[start:stop], number, where)
+            spans.append((start, stop))
     return Rendered(full[: spans[-1][1]], tuple(spans), begin=False)
+
+
+def _check_said(content: str, trained: str, number: int, where: str) -> None:
+    """Refuse a template that leaves out what the assistant said; templates may set white space anew."""
+    if "".join(content.split()) not in "".join(trained.split()):
+        raise DataError(
+            f"{where}: the chat template leaves out some or all of turn {number + 1}, which would be trained; "
+            "set another template chat_template, or remove from the turn what the template drops"
+        )
 
 
 def _start(

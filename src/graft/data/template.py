@@ -58,6 +58,15 @@ CHOICES = {
     "train_on": ("completion", "all"),
     "turns": ("all", "last"),
 }
+QUOTES = "put quotes around it (YAML reads a bare yes, no, on, off or null as something else)"
+APPLIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "system": {"kind": ("chat",), "mode": ("causal", "seq2seq")},
+    "turns": {"kind": ("chat",), "mode": ("causal",)},
+    "separator": {"kind": tuple(FRAMES), "mode": ("causal",)},
+    "label_names": {"mode": ("classification",)},
+    "chat_template": {"kind": ("chat",), "mode": ("causal", "seq2seq")},
+}
+"""Where a setting has a meaning; elsewhere it would be ignored, so it is refused."""
 
 
 def chat_row(messages: Sequence[Mapping[str, str]], adapter: str | None = None) -> Row:
@@ -95,6 +104,18 @@ class Template:
                 raise ConfigError(f"template {name} '{value}' is unknown{near(value, known)}; use {', '.join(known)}")
         if self.mode != "causal" and self.train_on == "all":
             raise ConfigError(f"template train_on 'all' has no meaning in mode '{self.mode}'; use 'completion'")
+        for name, where in self._ignored().items():
+            raise ConfigError(f"template {name}: it has no meaning with {where}; leave {name} out")
+
+    def _ignored(self) -> dict[str, str]:
+        """Each setting that is given and would do nothing, and the setting beside it that makes it so."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {
+            name: f"{key} '{getattr(self, key)}'"
+            for name, places in APPLIES.items()
+            for key, known in places.items()
+            if getattr(self, name) != defaults[name] and getattr(self, key) not in known
+        }
 
     @classmethod
     def from_dict(cls, settings: str | Mapping[str, Any] | None) -> Template:
@@ -270,7 +291,12 @@ def _task(name: Any, templates: Any, verbalizer: Any) -> Task | None:
     if isinstance(templates, str) or not all(isinstance(template, str) for template in templates):
         raise ConfigError("template templates: expected a list of prompts, for example ['Review: {text}\\nSentiment:']")
     default = TASKS[name].verbalizer if name is not None else {}
-    words = default if verbalizer is None else {str(label): str(word) for label, word in verbalizer.items()}
+    for label, word in (verbalizer or {}).items():
+        if isinstance(label, bool) or not isinstance(label, str | int):
+            raise ConfigError(f"template verbalizer: the label {label!r} is no text or number; {QUOTES}")
+        if not isinstance(word, str):
+            raise ConfigError(f"template verbalizer: the word for {label!r} is {word!r}, not text; {QUOTES}")
+    words = default if verbalizer is None else {str(label): word for label, word in verbalizer.items()}
     return Task(templates=tuple(templates), verbalizer=words)
 
 
@@ -284,3 +310,6 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     names = settings.get("label_names") or ()
     if isinstance(names, str) or not all(isinstance(name, str | int) for name in names):
         raise ConfigError(f"template label_names: expected a list of names, not {names!r}")
+    for name in names:
+        if isinstance(name, bool):
+            raise ConfigError(f"template label_names: {name!r} is no text or number; {QUOTES}")

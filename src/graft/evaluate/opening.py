@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from graft import roles
-from graft.base import load_base, load_tokenizer
+from graft.base import load_base, load_config, load_tokenizer
 from graft.data.collate import pad_id
-from graft.data.template import Template
+from graft.data.template import APPLIES, Template
 from graft.errors import ConfigError
 from graft.evaluate.batches import BASE_LABEL
 from graft.files import load, read_card
@@ -26,6 +27,8 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     templates: dict[str | None, Template]
     notes: list[str]
+    random_head: bool = False
+    """The bare base has no trained head for these labels: what it answers says nothing."""
 
 
 def open_base(base: str, adapters: Mapping[str, str], *, precision: str = "auto", device: str | None = None) -> Opened:
@@ -40,7 +43,10 @@ def open_base(base: str, adapters: Mapping[str, str], *, precision: str = "auto"
             f"--adapter: {BASE_LABEL!r} is what the bare base is called; write NAME={adapters[BASE_LABEL]}"
         )
     stored = {name: template_of(folder) for name, folder in adapters.items()}
-    model = load_base(base, precision=precision, device=device, num_labels=_num_labels(stored))
+    labels = _num_labels(stored)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a head that the checkpoint lacks is random, and the same each time
+        model = load_base(base, precision=precision, device=device, num_labels=labels)
     tokenizer = load_tokenizer(base)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id(tokenizer)  # a classifying decoder finds the last token of a row by it
@@ -50,7 +56,8 @@ def open_base(base: str, adapters: Mapping[str, str], *, precision: str = "auto"
         notes += [f"{name}: {note}"] if note else []
     fallback = default_template(model, tokenizer)
     templates: dict[str | None, Template] = {name: template or fallback for name, template in stored.items()}
-    return Opened(model, tokenizer, {None: next(iter(templates.values()), fallback), **templates}, notes)
+    templates = {None: next(iter(templates.values()), fallback), **templates}
+    return Opened(model, tokenizer, templates, notes, labels is not None and not _has_head(base, labels))
 
 
 def template_of(folder: str) -> Template | None:
@@ -73,9 +80,19 @@ def default_template(model: Any, tokenizer: PreTrainedTokenizerBase) -> Template
 
 
 def with_kind(template: Template, kind: str) -> Template:
-    """The template with another frame."""
-    checked = Template.from_dict(kind)
-    return dataclasses.replace(template, kind=checked.kind)
+    """The template with another frame, less what has no meaning there."""
+    settings = template.to_dict() | {"kind": Template.from_dict(kind).kind}
+    for name, places in APPLIES.items():
+        if settings["kind"] not in places.get("kind", (settings["kind"],)):
+            del settings[name]
+    return dataclasses.replace(Template.from_dict(settings), task=template.task)
+
+
+def _has_head(base: str, labels: int) -> bool:
+    """Whether the checkpoint says that it is a sequence classifier with so many outputs."""
+    config = load_config(base)
+    named = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return named and config.num_labels == labels
 
 
 def _label_names(model: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,14 @@ class Evaluation:
         )
         return "\n".join("  ".join(cells).rstrip() for cells in shown)
 
+    def renamed(self, old: str, new: str) -> Evaluation:
+        """The same with another label for an entry."""
+        scores, answers = (
+            {new if label == old else label: value for label, value in found.items()}
+            for found in (self.scores, self.answers)
+        )
+        return Evaluation(scores, answers)  # type: ignore[arg-type]
+
     def write(self, path: str | Path, rows: Sequence[Row]) -> None:
         """Every answer beside what is right, a JSON object for each row; the file appears whole or not at all.
 
@@ -50,7 +59,7 @@ class Evaluation:
         """
         if not self.answers:
             raise DataError(f"{path}: no metric here needs answers, so there are none to write; take bleu or accuracy")
-        new = Path(f"{path}.new")
+        new = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.new")
         try:
             with new.open("w", encoding="utf-8") as file:
                 for number, row in enumerate(rows):
@@ -167,10 +176,12 @@ def check_request(names: Sequence[str] | None, answers: str | Path | None) -> No
     """Refuse, before a model is loaded, what cannot come out right.
 
     Raises:
-        ConfigError: an unknown metric, or a file for answers in a folder that is not there.
+        ConfigError: an unknown metric, or a file for answers that exists or whose folder does not.
     """
     if names is not None:
         measures.known_metrics(names)
+    if answers is not None and Path(answers).exists():
+        raise ConfigError(f"--answers {answers}: it exists; take another file, or remove it first")
     if answers is not None and not Path(answers).absolute().parent.is_dir():
         raise ConfigError(f"--answers {answers}: the folder {Path(answers).parent} does not exist")
 

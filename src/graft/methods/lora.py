@@ -73,12 +73,22 @@ class LoRA(Method):
         super().__post_init__()
         if any(rank < 1 for rank in (self.rank, *self.rank_pattern.values())):
             raise ConfigError(f"LoRA: rank must be at least 1, not {self.rank}")
+        if 0 in (self.alpha, *self.alpha_pattern.values()):
+            raise ConfigError("LoRA: alpha=0 would never act")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"LoRA: dropout must be in [0, 1), not {self.dropout}")
         if self.bias not in BIASES:
             raise ConfigError(f"LoRA: bias is one of {', '.join(BIASES)}, not {self.bias!r}")
         if self.init not in INITS:
             raise ConfigError(f"LoRA: init is one of {', '.join(INITS)}, not {self.init!r}")
+
+    def sites(self, build: Build) -> list[Site]:
+        found = super().sites(build)
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field_name):
+                if not any(vocabulary.pattern_value({key: True}, site.path, False) for site in found):
+                    raise SiteError(f"{field_name}: {key!r} fits none of the {len(found)} targets")
+        return found
 
     def delta(self, site: Site, build: Build) -> Delta:
         rank = vocabulary.pattern_value(self.rank_pattern, site.path, self.rank)
@@ -99,6 +109,9 @@ class LoRA(Method):
             return []
         taken = {site.path for site in self.sites(build)}
         whole = {site.path for site in roles.task_heads(build.model)} if self.head else set()
+        for path, module in build.model.named_modules():
+            if getattr(module, "bias", None) is not None and getattr(module, "weight", torch.empty(0)).dim() > 2:
+                raise SiteError(f"LoRA: bias='all' cannot train the bias of {path}, a {type(module).__name__}")
         return [
             (Site(path, "other", None, module, 0, module.bias.shape[0]), BiasDelta(module))
             for path, module in build.model.named_modules()

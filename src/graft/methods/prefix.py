@@ -85,7 +85,7 @@ class PrefixTuning(Method):
         slots = list(range(len(sites)))
         if build.peft_compat and roles.is_encoder_decoder(build.model):
             slots = [2 * i % len(sites) for i in slots]
-        width = next(site.out_features for site in roles.sites(build.model) if site.role == "embedding")
+        width = roles.select(build.model, ("attention.query",))[0].in_features
         return PrefixTable(self.length, widths, slots, [s.path for s in sites], self.hidden, width, _like(sites[0]))
 
     def delta(self, site: Site, build: Build) -> Delta:

@@ -65,6 +65,9 @@ class PromptTuning(Method):
         needed = {"text": self.text, "labels": self.labels}.get(self.init, True)
         if not needed:
             raise ConfigError(f"PromptTuning: init={self.init!r} needs {self.init}=...")
+        for given in ("text", "labels"):
+            if getattr(self, given) is not None and self.init != given:
+                raise ConfigError(f"PromptTuning: {given} is only read with init={given!r}, not {self.init!r}")
         if self.layers is not None:
             raise ConfigError("PromptTuning: layers has no meaning, the prompt stands at the input")
 
