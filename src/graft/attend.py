@@ -267,7 +267,7 @@ def keep(bank: Bank) -> None:
         now = config._attn_implementation
         if not now.startswith(PREFIX):
             if now not in TAKEN:
-                raise SiteError(f"attn_implementation={now!r} was set since the attach; prefix rows need 'sdpa' or 'eager'")
+                raise SiteError(f"attn_implementation={now!r} was set since; prefix rows need 'sdpa' or 'eager'")
             bank.attention[i] = (config, now)
             config._attn_implementation = PREFIX + now
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +23,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "nf4")
 EMBEDDED = ("embedded", "quickstart")
 """Names of the small pretrained model that ships inside the package."""
 
+_NEW: WeakKeyDictionary[PreTrainedModel, tuple[str, ...]] = WeakKeyDictionary()
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -29,6 +32,8 @@ _CLASSES = {
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
+HEADS = tuple(_CLASSES)
+"""Endings of the classes of the config that are neither causal nor encoder-decoders."""
 
 
 def load_base(
@@ -82,6 +87,11 @@ def load_base(
     if str(path) in EMBEDDED:
         model.config._name_or_path = EMBEDDED[0]  # a name that another machine knows, not this one's path
     return model.eval()
+
+
+def made_new(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the tensors that `load_base` did not find in the checkpoint and made of random numbers."""
+    return _NEW.get(model, ())
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -218,8 +228,13 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any], path: str | Pa
             f"base {path}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first is "
             f"{missing[0]}; it is incomplete or of another kind"
         )
-    if pooler:
-        warnings.warn(f"base {path}: the checkpoint has no pooler; it stays random, and frozen", stacklevel=3)
+    _NEW[model] = tuple(absent)
+    lost = sorted({key.rpartition(".")[0] for key in absent if "pooler" in key.split(".")})
+    if lost:
+        warnings.warn(
+            f"base {path}: the checkpoint has no {lost[0]}; it is random unless an adapter brings it (modules_to_save)",
+            stacklevel=3,
+        )
 
 
 @contextmanager

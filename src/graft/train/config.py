@@ -20,6 +20,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from graft.errors import ConfigError
@@ -170,7 +171,18 @@ class Run(_Settings):
     train: TrainSettings = TrainSettings()
     output: str
     """The run's folder."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _evaluation_has_rows(self) -> Run:
+        if self.data.eval is None:
+            for part, settings in (("data", self.data), ("train", self.train)):
+                for key in type(settings).model_fields:
+                    if key.startswith("eval_") and getattr(settings, key) is not None:
+                        raise ConfigError(
+                            f"{part}.{key}: it needs data.eval, a file or a share such as 0.1; or leave it out"
+                        )
+        return self
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:

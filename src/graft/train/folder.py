@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from graft.train.state import PARTIAL
 
 DATA = "data.json"
 """Written before `run.yaml`: a folder with settings alone is a user's, not a run's."""
+LOCK = ".lock"
+"""Held while a run trains, and removed behind it."""
 
 
 def place(run: Run, fresh: bool) -> Path:
@@ -35,7 +38,7 @@ def place(run: Run, fresh: bool) -> Path:
         raise ConfigError(f"output: {settings} is no run's own and would be overwritten; take another folder")
     if settings.is_file():
         _check_same(settings, run)
-    elif folder.is_dir() and any(item.name not in ("checkpoints", DATA) for item in folder.iterdir()):
+    elif folder.is_dir() and any(item.name not in ("checkpoints", DATA, LOCK) for item in folder.iterdir()):
         raise ConfigError(f"output: {folder} holds something else than a run; take another folder")
     return folder
 
@@ -81,6 +84,35 @@ def write_text(file: Path, text: str) -> None:
     partial = file.with_name(file.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into the folder; a killed one loses its lock with its life.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    if os.environ.get("RANK", "0") != "0":  # of the processes of one distributed run the first locks
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = file.exists() and os.path.samestat(os.fstat(handle), file.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:  # or it was removed between the two calls, by a run that just ended
+            raise ConfigError(f"output: another process trains in {folder}; wait for it, or take another output")
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from graft.data.report import Report
 from graft.errors import ConfigError, TrainingError
 from graft.train import state as states
 from graft.train.config import Run
-from graft.train.folder import begin, begun, place, undone, write_text
+from graft.train.folder import begin, begun, locked, place, undone, write_text
 from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
 from graft.train.result import Result, peak_bytes, read_result, result_dict
@@ -55,7 +55,8 @@ def train(run: Run, *, fresh: bool = False, console: Console | None = None, call
         callbacks: further `transformers.TrainerCallback`s.
 
     Raises:
-        ConfigError: settings that cannot be, or other ones than the folder was begun with.
+        ConfigError: settings that cannot be, or other ones than the folder was begun with; or another process trains
+            in the folder.
         DataError: data over the limits.
         TrainingError: a loss or gradient that is not finite, or too little memory.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
@@ -65,25 +66,8 @@ def train(run: Run, *, fresh: bool = False, console: Console | None = None, call
     if (folder / "result.json").is_file():
         console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
         return read_result(run, folder)
-    config = base.load_config(run.base)
-    tokenizer = base.load_tokenizer(run.base)
-    data = read_data(run, tokenizer, config)
-    resumed = begun(folder, data)
-    if not resumed:
-        console.print(data.report.table())
-    check_data(run, data)
-    autocast = _autocast(run)
-    set_seed(run.seed)
-    model = open_model(run, data, tokenizer)
-    schedule = _schedule(run, data)
-    with undone(folder), _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
-        trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
-        trainer.dry_run()
-        if not resumed:
-            begin(run, folder, data)
-        console.print(_headline(run, model, schedule), highlight=False, soft_wrap=True)
-        recorder = _fit(trainer, folder, schedule, console)
-    return _finish(run, folder, model, data, trainer, recorder, console)
+    with undone(folder), locked(folder):
+        return _train(run, folder, console, callbacks)
 
 
 def data_report(run: Run) -> Report:
@@ -97,6 +81,28 @@ def data_report(run: Run) -> Report:
 
 
 # ------------------------------------------------------------------------------------------------- the training
+
+
+def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -> Result:
+    config = base.load_config(run.base)
+    tokenizer = base.load_tokenizer(run.base)
+    data = read_data(run, tokenizer, config)
+    resumed = begun(folder, data)
+    if not resumed:
+        console.print(data.report.table())
+    check_data(run, data)
+    autocast = _autocast(run)
+    set_seed(run.seed)
+    model = open_model(run, data, tokenizer)
+    schedule = _schedule(run, data)
+    with _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
+        trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
+        trainer.dry_run()
+        if not resumed:
+            begin(run, folder, data)
+        console.print(_headline(run, model, schedule), highlight=False, soft_wrap=True)
+        recorder = _fit(trainer, folder, schedule, console)
+    return _finish(run, folder, model, data, trainer, recorder, console)
 
 
 def _schedule(run: Run, data: Data) -> Schedule:

@@ -83,6 +83,8 @@ class SavingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.newest = Path(resume_from_checkpoint)
+        optimizer = not (self.args.save_only_model or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        states.check(self.newest, optimizer)
         states.read(self.model, self.newest / states.STATE)
 
     def _load_best_model(self) -> None:

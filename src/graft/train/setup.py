@@ -20,10 +20,15 @@ from graft.data.report import Limits, Report, report
 from graft.data.rows import Row, hold_out, load_rows
 from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
+from graft.method import CopyDelta
 from graft.train.config import Run
 
 LENGTH = 1024
 """The longest row where neither the run nor the model says one, and the longest pack where the run does not."""
+
+
+NOT_CAUSAL = (*base.HEADS, "ForPreTraining")
+"""Endings of the classes that see a whole row at once."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ def open_model(run: Run, data: Data, tokenizer: PreTrainedTokenizerBase) -> PreT
         method = dataclasses.replace(method, tokenizer=tokenizer)
     for name in data.names:
         attach(model, method, name, peft_compat=run.peft_compat)
+    _check_new(run, data, model)
     _check_room(run, data, model, tokenizer)
     return model
 
@@ -152,6 +158,12 @@ def _template(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
         raise ConfigError(f"data.{error}") from None
     if template.mode not in (mode, "classification"):
         raise ConfigError(f"data.template.mode: {run.base} is no {template.mode} model; leave it out, or say {mode}")
+    kind = next(iter(config.architectures or ()), "")
+    if template.mode == "causal" and kind.endswith(NOT_CAUSAL):
+        raise ConfigError(
+            f"data.template.mode: {run.base} is a {kind}, which sees the tokens that it shall predict; say "
+            "mode classification, or take a causal base"
+        )
     if run.data.packing and template.mode != "causal":
         raise ConfigError(f"data.packing: it works for decoders only, not in mode {template.mode}")
     if run.train.keep_best == "accuracy" and template.mode != "classification":
@@ -159,6 +171,25 @@ def _template(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     if run.train.keep_best and run.data.eval is None:
         raise ConfigError("train.keep_best: it needs data.eval, a file or a share such as 0.1")
     return template
+
+
+def _check_new(run: Run, data: Data, model: PreTrainedModel) -> None:
+    """What the checkpoint lacks is random: it must train and be saved along, or no other load gives it again."""
+    for name in data.names:
+        adapter = bank_of(model)[name]
+        whole = [site.path for site, delta in adapter.items() if isinstance(delta, CopyDelta)]
+        if adapter.selected:
+            whole = [head.path for head in roles.task_heads(model)]
+        for key in base.made_new(model):
+            if any(key.startswith(f"{path}.") for path in whole):
+                continue
+            module = key.rpartition(".")[0]
+            if any(key.startswith(f"{head.path}.") for head in roles.task_heads(model)):
+                raise ConfigError(f"method.head: {run.base} has no trained {module}; leave head out, so that it trains")
+            raise ConfigError(
+                f"base {run.base}: {module} is not in the checkpoint, so it is random and no adapter could be loaded "
+                f"again; say method.modules_to_save: [{module}] to train and save it along, or take another base"
+            )
 
 
 def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,11 +200,17 @@ def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrai
     taken = slots + max((shift for each in adapters for shift in each.shift.values()), default=0)
     context = base.context_length(model.config)
     longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])
-    if context is not None and taken + longest > context and not roles.is_encoder_decoder(model):
+    if context is None or taken + longest <= context or roles.is_encoder_decoder(model):
+        return
+    if context - taken < 2:
         raise ConfigError(
-            f"data.max_length: {longest} tokens and {taken} of {adapters[0].method.name} are more than the {context} "
-            f"that the model takes; use at most {context - taken}"
+            f"method.length: the {taken} of {adapters[0].method.name} alone fill the {context} tokens that the model "
+            "takes; use fewer"
         )
+    raise ConfigError(
+        f"data.max_length: {longest} tokens and {taken} of {adapters[0].method.name} are more than the {context} "
+        f"that the model takes; use at most {context - taken}"
+    )
 
 
 def _hashes(run: Run, rows: Sequence[Row], held: Sequence[Row] | None) -> dict[str, str]:

@@ -15,6 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from graft.bank import Adapter, bank_of
 from graft.errors import TrainingError
@@ -65,6 +68,26 @@ def read(model: nn.Module, file: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{file}: cannot be read ({error}); remove this checkpoint or use --fresh") from None
     put(model, stored, str(file))
+
+
+def check(checkpoint: Path, optimizer: bool = True) -> None:
+    """Whether Trainer can go on from its own files in a checkpoint; `optimizer`: the optimizer's must be there.
+
+    Raises:
+        TrainingError: one is missing or broken.
+    """
+    needed = (OPTIMIZER_NAME, SCHEDULER_NAME) if optimizer else ()
+    stored = {*(checkpoint / name for name in needed), *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}
+    for file in [checkpoint / TRAINER_STATE_NAME, *sorted(stored)]:
+        try:
+            if file.name == TRAINER_STATE_NAME:
+                TrainerState.load_from_json(str(file))
+            else:
+                with safe_globals():
+                    torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # unpickling raises anything
+            text = "it is missing" if not file.exists() else " ".join(str(error).split())[:100]
+            raise TrainingError(f"{file}: cannot be read ({text}); delete {checkpoint} or use --fresh") from None
 
 
 @torch.no_grad()
