@@ -422,6 +422,24 @@ def test_convert_to_peft_and_back() -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_a_classifier_of_pefts() -> None:
+    peft = pytest.importorskip("peft")
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED))
+    model = graft.load_base("embedded", precision="fp32", num_labels=2)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained("theirs")
+    expected = logits(theirs)
+    found = evaluated("--adapter", "theirs", "--data", "labels.jsonl")
+    assert list(found) == ["base (random head)", "theirs"] and set(found["theirs"]) == {"loss", "accuracy", "macro_f1"}
+    call("convert", "theirs", "ours", "--to", "graft", "--base", "embedded")
+    for name in ("theirs", "ours"):
+        call("merge", "embedded", name, f"merged-{name}", "--precision", "fp32")
+        plain = transformers.AutoModelForSequenceClassification.from_pretrained(f"merged-{name}", dtype=torch.float32)
+        assert torch.allclose(logits(plain), expected, atol=1e-4)
+
+
 def test_convert_refuses() -> None:
     model = graft.load_base("embedded")
     graft.attach(model, graft.Bottleneck(size=2), "deep")

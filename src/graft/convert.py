@@ -7,7 +7,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -15,7 +14,7 @@ import torch
 from graft import probe
 from graft.base import load_base, load_config, load_tokenizer
 from graft.errors import AdapterFileError, ConfigError, MergeError
-from graft.evaluate.opening import default_template, template_of
+from graft.evaluate.opening import default_template, head_outputs, template_of
 from graft.files import load, read_card, save
 from graft.files_disk import CARD
 from graft.merging import merge
@@ -42,7 +41,7 @@ def convert_adapter(source: str, output: str, *, base: str, to: str, device: str
         raise ConfigError(f"--to: {to!r} is no form; use {' or '.join(FORMS)}")
     _free(Path(output))
     template = template_of(source)
-    model = load_base(base, precision=_stored_precision(base), device=device, num_labels=_labels(template))
+    model = load_base(base, precision=_stored_precision(base), device=device, num_labels=head_outputs(source, template))
     adapter = load(model, source)
     if card := read_card(source):
         probe.check_probe(model, card.get("probe"), adapter.name)
@@ -77,7 +76,7 @@ def merge_folder(
     _free(Path(output))
     template = template_of(adapter)
     precision = _stored_precision(base) if precision == "auto" else precision
-    labels = _labels(template)
+    labels = head_outputs(adapter, template)
     model = load_base(base, precision=precision, device=device, num_labels=labels)
     loaded = load(model, adapter)
     expected = read_card(adapter).get("probe") or probe.probe(model, loaded.name)
@@ -95,10 +94,6 @@ def merge_folder(
             return probe.check_probe(plain, expected, None)
         except AdapterFileError as error:
             raise MergeError(f"{output} is not written, the merged model is another: {error}") from error
-
-
-def _labels(template: Any) -> int | None:
-    return len(template.label_names) if template is not None and template.mode == "classification" else None
 
 
 def _stored_precision(base: str) -> str:

@@ -227,7 +227,7 @@ def test_fit_finds_task_names_and_chat_template(bpe: PreTrainedTokenizerBase) ->
 
 
 def test_json_round_trip(bpe: PreTrainedTokenizerBase) -> None:
-    rows = [label("a", "positive")]
+    rows = [label("a", "positive"), label("b", "negative")]
     for template in (
         Template().fit(rows, bpe),
         Template(mode="classification").fit(rows, bpe),

@@ -60,12 +60,15 @@ def settings(bases: Path, sources: dict[str, str], tmp_path: Path) -> Callable[.
     """settings("train.lr=1e-2", base="gpt2"): a small run in a fresh folder; keywords replace whole parts."""
 
     def build(base: str = "llama", data: dict[str, Any] | None = None, **parts: Any) -> Run:
-        train = {"lr": 1e-2, "batch_size": 4, "max_steps": 6, "log_every": 2, "eval_every": 3, "save_every": 2}
+        train = {"lr": 1e-2, "batch_size": 4, "max_steps": 6, "log_every": 2, "save_every": 2}
+        rows = {"train": sources["prompts"], "eval": sources["held"], **(data or {})}
+        if rows["eval"] is not None:
+            train["eval_every"] = 3
         run = {
             "base": str(bases / base),
             "precision": "fp32",
             "method": {"method": "lora", "dropout": 0.1},
-            "data": {"train": sources["prompts"], "eval": sources["held"], **(data or {})},
+            "data": rows,
             "output": str(tmp_path / "run"),
             **parts,
             "train": {**train, **parts.get("train", {})},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
@@ -210,6 +213,7 @@ def test_a_folder_that_is_no_run_is_left_alone(settings: Settings, tmp_path: Pat
         ({"train": {"keep_best": "accuracy"}}, ConfigError, "accuracy is for classification"),
         ({"method": {"method": "lora", "targets": ["attention.kwery"]}}, GraftError, "kwery"),
         ({"method": {"method": "prompt_tuning", "length": 120}}, ConfigError, "120 of prompt_tuning are more than"),
+        ({"method": {"method": "prompt_tuning", "length": 200}}, ConfigError, "the 200 of prompt_tuning alone fill"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -230,6 +234,73 @@ def test_refused_before_anything_is_written(
         quiet(run)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_checkpoint_lacks_trains_or_is_refused(
+    settings: Settings, sources: dict[str, str], bases: Path, tmp_path: Path
+) -> None:
+    """A masked language model has no pooler and no classifier."""
+    shutil.copytree(bases / "bert", tmp_path / "masked")
+    config = transformers.BertConfig.from_pretrained(bases / "bert")
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "masked")
+    data = {"train": sources["labels"], "eval": 0.25, "template": {"mode": "classification"}}
+
+    def run(method: dict[str, Any], **more: Any) -> Run:
+        return settings(method=method, data={**data, **more}).model_copy(update={"base": str(tmp_path / "masked")})
+
+    with pytest.raises(ConfigError, match=r"data\.template\.mode: .* BertForMaskedLM") as caught:
+        quiet(run({"method": "lora"}, template={"mode": "causal", "kind": "plain"}, train=sources["prompts"]))
+    assert "\n" not in str(caught.value)
+    lora = {"method": "lora", "modules_to_save": ["bert.pooler.dense"]}
+    with pytest.warns(UserWarning, match=r"has no bert\.pooler\.dense"):
+        with pytest.raises(ConfigError, match=r"bert\.pooler\.dense is not in the checkpoint"):
+            quiet(run({"method": "lora"}))
+        with pytest.raises(ConfigError, match=r"method\.head: .* no trained classifier"):
+            quiet(run({**lora, "head": False}))
+        assert not (tmp_path / "run").exists()
+        result = quiet(run(lora))
+        torch.manual_seed(99)
+        model = base.load_base(tmp_path / "masked", precision="fp32", num_labels=2)
+    files.load(model, result.adapter)  # the fingerprint and the probe hold, whatever the new modules began with
+
+
+def test_one_label_is_no_classification(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"a {i}", "label": 1}) + "\n" for i in range(8)))
+    data = {"train": str(tmp_path / "rows.jsonl"), "eval": 0.25, "template": {"mode": "classification"}}
+    with pytest.raises(DataError, match=r"rows\.jsonl: every row has the label 1; give rows with two"):
+        quiet(settings("bert", data=data))
+
+
+def test_two_processes_on_one_folder(settings: Settings, tmp_path: Path) -> None:
+    run = settings()
+    (tmp_path / "run").mkdir()
+    held = (tmp_path / "run" / ".lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="output: another process trains in"):
+        quiet(run)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    held.close()  # as the kernel does for a killed process: the file stays, the lock goes
+    assert not (quiet(run).folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_broken_checkpoint_is_named(name: str, settings: Settings, tmp_path: Path) -> None:
+    run = settings(train={"max_steps": 2})
+    folder = quiet(run).folder
+    (folder / "result.json").unlink()
+    file = folder / "checkpoints" / "checkpoint-2" / name
+    content = file.read_bytes()
+    for cut in (content[: len(content) // 2], b""):
+        file.write_bytes(cut)
+        with pytest.raises(TrainingError, match=rf"checkpoint-2.{name}: cannot be read .*; delete .*checkpoint-2 or"):
+            quiet(run)
+    if name != "rng_state.pth":
+        file.unlink()
+        with pytest.raises(TrainingError, match=rf"{name}: cannot be read \(it is missing\)") as caught:
+            quiet(run)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(content)
+    assert quiet(run).metrics["steps"] == 2
 
 
 def test_too_little_memory_writes_nothing(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,8 +150,6 @@ def label_names(rows: Sequence[Row]) -> tuple[str, ...]:
     labels = {row.label for row in rows if row.label is not None}
     if not labels:
         raise DataError(f"{rows[0].source if rows else 'data'}: no row has a label; give rows with a 'label' column")
-    if len(labels) < 2:
-        raise DataError(f"{rows[0].source}: every row has the label {min(labels, key=str)!r}; give at least two labels")
     numbers = [label for label in labels if isinstance(label, int)]
     if numbers and len(numbers) < len(labels):
         raise DataError(

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from graft import roles
+from graft import files_disk, roles
 from graft.base import load_base, load_config, load_tokenizer
 from graft.data.collate import pad_id
 from graft.data.template import APPLIES, Template
 from graft.errors import ConfigError
 from graft.evaluate.batches import BASE_LABEL
 from graft.files import load, read_card
+
+HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+"""How the last weight of a sequence classification head is called in peft's files."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def open_base(base: str, adapters: Mapping[str, str], *, precision: str = "auto"
             f"--adapter: {BASE_LABEL!r} is what the bare base is called; write NAME={adapters[BASE_LABEL]}"
         )
     stored = {name: template_of(folder) for name, folder in adapters.items()}
-    labels = _num_labels(stored)
+    labels = _num_labels(adapters, stored)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a head that the checkpoint lacks is random, and the same each time
         model = load_base(base, precision=precision, device=device, num_labels=labels)
@@ -101,13 +105,27 @@ def _label_names(model: Any) -> tuple[str, ...]:
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
 
-def _num_labels(stored: Mapping[str, Template | None]) -> int | None:
+def head_outputs(folder: str, template: Template | None) -> int | None:
+    """How many outputs an adapter's sequence classification head has, by its template or its tensors; None: no head.
+
+    Raises:
+        AdapterFileError: a folder of peft's with a broken tensor file.
+    """
+    if template is not None and template.mode != "classification":
+        return None
+    if template is not None and template.label_names:
+        return len(template.label_names)
+    place = files_disk.find(Path(folder))
+    if files_disk.read_json(place / files_disk.CONFIG).get("task_type") != "SEQ_CLS":
+        return None
+    tensors = files_disk.read_tensors(place, {})
+    return next((len(tensor) for key, tensor in tensors.items() if tensor.ndim == 2 and key.endswith(HEADS)), None)
+
+
+def _num_labels(adapters: Mapping[str, str], stored: Mapping[str, Template | None]) -> int | None:
     """How many outputs the adapters' task head has; None if they have none."""
-    counts = {
-        name: len(template.label_names)
-        for name, template in stored.items()
-        if template is not None and template.mode == "classification"
-    }
+    found = {name: head_outputs(folder, stored[name]) for name, folder in adapters.items()}
+    counts = {name: count for name, count in found.items() if count is not None}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ConfigError(

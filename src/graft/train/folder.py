@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from graft.errors import ConfigError
 from graft.train.config import Run, make_run
 from graft.train.setup import Data
 from graft.train.state import PARTIAL
+
+if sys.platform != "win32":
+    import fcntl
 
 DATA = "data.json"
 """Written before `run.yaml`: a folder with settings alone is a user's, not a run's."""
@@ -93,8 +96,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process trains there.
     """
-    if os.environ.get("RANK", "0") != "0":  # of the processes of one distributed run the first locks
-        yield
+    if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
+        yield  # no such locks; or not the first process of a distributed run, which locks for all
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK

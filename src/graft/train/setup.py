@@ -69,6 +69,9 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     if context is not None and max_length > context:
         raise ConfigError(f"data.max_length: {max_length} is more than the {context} tokens that the model takes")
     mode = template.mode
+    labels = {row.label for row in rows}
+    if mode == "classification" and len(labels) < 2:
+        raise DataError(f"{rows[0].source}: every row has the label {labels.pop()!r}; give rows with two or more")
     train = template.examples(rows, tokenizer)
     evaluation = None if held is None else template.examples(held, tokenizer)
     found = report(train, evaluation, tokenizer, max_length=max_length, mode=mode)
