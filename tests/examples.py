@@ -17,9 +17,15 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     "bottleneck": [{"kind": "pfeiffer"}, {"kind": "parallel"}],
     "prefix_tuning": [{"hidden": 6}],
 }
+CANNOT: dict[str, dict[str, str]] = {
+    "head": dict.fromkeys(
+        ("llama", "gpt2", "gemma2", "mixtral", "t5", "mt5", "bart", "llama_tied", "mistral", "qwen2")
+        + ("qwen3", "gemma3", "phi3", "gpt_neox", "opt"),
+        "no task head",
+    ),
+}
+"""Which architectures refuse a method, and what the error says."""
 ATTENTION_ONLY = {"ia3": {"targets": ("attention.key", "attention.value"), "feedforward": ()}}
-HEADLESS = {"head"}
-CLASSIFIERS = {"bert", "roberta", "distilbert", "llama_cls", "gpt2_cls"}
 
 
 def instances(name: str, arch: str) -> list[Method]:
@@ -37,9 +43,16 @@ def routable(arch: str) -> list[Method]:
     return [
         method
         for name, cls in sorted(REGISTRY.items())
-        if not issubclass(cls, SelectMethod) and not (name in HEADLESS and arch not in CLASSIFIERS)
+        if not issubclass(cls, SelectMethod) and arch not in CANNOT.get(name, {})
         for method in instances(name, arch)
     ]
+
+
+def first(method: Method) -> bool:
+    """Whether this is the method's plain instance, not one of `EXTRA`."""
+    return not any(
+        all(getattr(method, key) == value for key, value in extra.items()) for extra in EXTRA.get(method.name, [])
+    )
 
 
 def label(method: Method) -> str:

@@ -93,11 +93,15 @@ class SiteHook:
         return x
 
     def _run_after(self, acts: list[Act], tensors: Sequence[Tensor]) -> Tensor:
-        y = tensors[-1]
+        base = y = tensors[-1]
         inputs = dict(zip(("", *self.taps), tensors, strict=False))
         for delta, weight in acts:
-            new = delta.after(inputs[delta.tap or ""], y)
-            y = new if weight == 1.0 else y + weight * (new - y)
+            from_base = delta.from_base and y is not base
+            new = delta.after(inputs[delta.tap or ""], base if from_base else y)
+            if from_base:
+                y = y + weight * (new - base)
+            else:
+                y = new if weight == 1.0 else y + weight * (new - y)
         return y
 
     def _map(self, run: Callable[[list[Act], Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Tensor | None:

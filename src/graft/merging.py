@@ -169,24 +169,31 @@ def _merge_site(
         return
     # All sums first, one write behind: deltas of biases look at the base's own bias.
     matrix = is_linear(module) or is_embedding(module)
-    weight_now = weight_OI(module).float() if matrix else module.get_parameter("weight").float()
+    weight_now = base_weight = weight_OI(module).float() if matrix else module.get_parameter("weight").float()
     bias = getattr(module, "bias", None)
-    bias_now = None if bias is None else bias.detach().float()
+    bias_now = base_bias = None if bias is None else bias.detach().float()
     for delta, weight in rest:
-        merged = delta.merged(weight_now, bias_now)
+        # `from_base` deltas change the base's own weight, whatever merged before them.
+        from_weight, from_bias = (base_weight, base_bias) if delta.from_base else (weight_now, bias_now)
+        merged = delta.merged(from_weight, from_bias)
         if merged is None:
             raise MergeError(f"{path}: this adapter's change is not one of the weight and cannot be merged")
-        new_weight, new_bias = merged
-        weight_now = new_weight if weight == 1.0 else weight_now + weight * (new_weight - weight_now)
-        if new_bias is not None:
-            old = torch.zeros_like(new_bias) if bias_now is None else bias_now
-            bias_now = new_bias if weight == 1.0 else old + weight * (new_bias - old)
+        weight_now = _moved(weight_now, from_weight, merged[0], weight)
+        if merged[1] is not None:
+            zero = torch.zeros_like(merged[1])
+            old = zero if bias_now is None else bias_now
+            bias_now = _moved(old, zero if from_bias is None else from_bias, merged[1], weight)
     if matrix:
         set_weight_OI(module, weight_now)
     if bias_now is not None and bias is None:
         raise MergeError(f"{path} has no bias that this adapter's could be merged into; a saved model would lose it")
     if bias_now is not None:
         bias.copy_(bias_now)  # type: ignore[union-attr]
+
+
+def _moved(now: Tensor, start: Tensor, new: Tensor, weight: float) -> Tensor:
+    """What a change from `start` to `new` makes of `now`; the new values themselves where nothing else counts."""
+    return new if weight == 1.0 and start is now else now + weight * (new - start)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +33,8 @@ class Delta(nn.Module):
     """
 
     order: ClassVar[int] = ADD
+    from_base: ClassVar[bool] = False
+    """Whether `after` and `merged` read the base's own output and weight, whatever other adapters act on the row."""
     tap: str | None = None
     """Path of a module whose *input* is handed to `after` as x, for a delta that spans a sub-layer."""
     shared: nn.Module | None
@@ -74,10 +77,32 @@ class Delta(nn.Module):
         """All groups of a mixed batch in one go: parts are (delta, weight, row index). None: loop over the groups."""
         return None
 
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors by name that a saved folder holds: parameters, and buffers that are frozen parts of the delta."""
+        return self.state_dict(keep_vars=True)
+
     @property
     def saved_numel(self) -> int:
         """How many values of this delta a saved folder holds."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(tensor.numel() for tensor in self.kept().values())
+
+
+class Expanded(nn.Module):
+    """A shared module that training reparameterises: `expanded` gives the rows, and after `finish` only they are left.
+
+    `table` holds the rows (a parameter) once the rest is dropped, None before.
+    """
+
+    table: nn.Parameter | None
+
+    def expanded(self) -> Tensor:
+        """The rows as they act, as a saved folder holds them (`prompt_embeddings`)."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def saved_numel(self) -> int:
+        """How many values of it a saved folder holds."""
+        raise NotImplementedError(type(self).__name__)
 
 
 class InputDelta(Delta):
@@ -208,6 +233,36 @@ class Method:
 
     def finish(self, shared: nn.Module | None) -> None:
         """Drop what only training needs (a prefix's MLP); called when an adapter stops training for good."""
+
+    # What training asks. `adapter` is a `graft.Adapter`; `step` counts optimizer steps from 0, `steps` is their number.
+
+    def wants_batches(self) -> int:
+        """How many training batches `start` wants to see before the first step."""
+        return 0
+
+    def start(self, model: nn.Module, adapter: Any, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Initialise from data, before the first step; a resumed run calls it with the same batches again."""
+
+    def begin(self, adapter: Any, steps: int) -> None:
+        """Training begins and will take `steps` optimizer steps in all.
+
+        Raises:
+            ConfigError: the method's schedule does not fit into them.
+        """
+
+    def rate(self, name: str) -> float:
+        """The factor on the learning rate for the adapter's parameter of this name (as in `named_parameters`)."""
+        return 1.0
+
+    def before_step(self, adapter: Any, step: int, steps: int) -> None:
+        """The gradients are there and clipped, the optimizer has not stepped."""
+
+    def after_step(self, adapter: Any, step: int, steps: int) -> None:
+        """The optimizer has stepped, and the gradients are still there."""
+
+    def saved_as(self, adapter: Any) -> Method:
+        """The method that a saved folder names, where that is simpler than the one that trained."""
+        return self
 
     def to_dict(self, *, full: bool = False) -> dict[str, Any]:
         """The JSON form: `method` and every field that is not at its default; `full`: every field, as files keep it."""
