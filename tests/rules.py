@@ -16,7 +16,7 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 FLOORS = {
     0: ("errors", "weights", "vocabulary", "roles", "method"),
     1: ("routes", "hooks", "slots", "freeze", "bank", "attend", "adapt"),
-    2: ("methods",),
+    2: ("methods", "forms"),
     3: ("base", "files*", "probe", "description", "combining", "merging"),
     4: ("data",),
     5: ("train", "align", "evaluate", "plan"),
@@ -131,17 +131,17 @@ def sizes(file: File) -> Iterator[str]:
 
 
 def module_names(file: File) -> Iterator[str]:
-    """Regexes on module names and `model_type` only where the vocabulary is."""
+    """Regexes on module names and `model_type` only where the vocabulary is; forms and files have names of their own."""
     if file.path in ("roles.py", "vocabulary.py"):
         return
     yield from (f"{line}: model_type" for line, word, _ in file.words() if re.search(r"\bmodel_type\b", word))
-    if file.floor is not None and file.floor <= 3 and not file.top.startswith("files"):
+    if file.floor is not None and file.floor <= 3 and not file.top.startswith(("files", "forms")):
         yield from (f"{line}: import re" for line, name in file.imports() if name.split(".")[0] == "re")
 
 
 def method_names(file: File) -> Iterator[str]:
-    """No method's class outside methods/, files*.py and the package's __init__.py; in messages it is prose."""
-    if file.path == "__init__.py" or file.top == "methods" or file.top.startswith("files"):
+    """No method's class outside methods/, forms/, files*.py and the package's __init__.py; in messages it is prose."""
+    if file.path == "__init__.py" or file.top in ("methods", "forms") or file.top.startswith("files"):
         return
     yield from (f"{line}: {word}" for line, word, _ in file.words() if word in file.methods)
 

@@ -18,12 +18,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from graft import files_disk, files_forms, files_peft, files_tensors, freeze, probe, roles
+from graft import files_disk, files_forms, freeze, probe, roles
 from graft.adapt import attach, detach
 from graft.bank import Adapter, bank_of, known
 from graft.errors import AdapterFileError, ConfigError, SiteError
 from graft.files_disk import CARD, CONFIG, TENSORS
-from graft.files_tensors import Slot
+from graft.forms import targets
+from graft.forms.base import Slot, Unheld
 from graft.method import CopyDelta, Method, from_dict
 
 log = logging.getLogger("graft")
@@ -156,7 +157,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     card = files_disk.read_json(path)
     _check_version(card, path)
     for field, value in card.items():
-        if field not in CARD_FIELDS and not files_peft.empty(value):
+        if field not in CARD_FIELDS and not targets.empty(value):
             raise AdapterFileError(f"{path}: field {field!r} is not known to this version of Graft")
     if not isinstance(card.get("method"), dict):
         raise AdapterFileError(f"{path}: it names no method; delete it to load the folder as peft's")
@@ -195,11 +196,11 @@ def check_saved(model: nn.Module, name: str) -> float | None:
 def _layout(model: nn.Module, adapter: Adapter, form: str) -> tuple[dict[str, Any], dict[str, Slot]]:
     try:
         config = files_forms.peft_config(model, adapter)
-        return config, files_tensors.peft_slots(model, adapter, config)
-    except files_forms.Unheld as reason:
+        return config, files_forms.peft_slots(model, adapter, config)
+    except Unheld as reason:
         if form == "peft":
             raise AdapterFileError(f"adapter {adapter.name!r} cannot be a peft folder: {reason}") from None
-        return files_forms.own_config(model, adapter), files_tensors.own_slots(adapter)
+        return files_forms.own_config(model, adapter), files_forms.own_slots(adapter)
 
 
 def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -
     return {
         "format_version": files_forms.FORMAT,
         "graft_version": sys.modules["graft"].__version__,
-        "method": adapter.method.to_dict(full=True),
+        "method": adapter.method.saved_as(adapter).to_dict(full=True),
         "peft_compat": adapter.peft_compat,
         "template": template if template is not None else (adapter.card or {}).get("template"),
         "tensors_sha256": "",
@@ -230,7 +231,7 @@ def _method(model: nn.Module, folder: Path, config: dict[str, Any], card: dict[s
     where = folder / CONFIG
     own = "format_version" in config
     if not own and not card:
-        return files_peft.method_of(config, model, str(where)), True, False
+        return files_forms.method_of(config, model, str(where)), True, False
     source = config if own else card
     if own:
         _check_version(config, where)
@@ -256,7 +257,7 @@ def _take(
     if own or card:
         _check_config(model, adapter, folder, config, card, own)
     path = folder / TENSORS
-    slots = files_tensors.own_slots(adapter) if own else files_tensors.peft_slots(model, adapter, config)
+    slots = files_forms.own_slots(adapter) if own else files_forms.peft_slots(model, adapter, config)
     for key, tensor in tensors.items():
         if key not in slots:
             raise AdapterFileError(f"{path}: {key} {tuple(tensor.shape)} has no place in this adapter or this model")
@@ -281,11 +282,11 @@ def _check_config(
     """The config must say what the method of `graft.json` would write: neither may be edited alone."""
     try:
         expected = files_forms.own_config(model, adapter) if own else files_forms.peft_config(model, adapter)
-    except files_forms.Unheld as reason:
+    except Unheld as reason:
         raise AdapterFileError(f"{folder / CARD}: does not belong to this peft folder: {reason}") from None
-    free = (files_peft.COMMON - {"peft_type"}) | files_peft.INERT | ({"method"} if own else set())
+    free = files_forms.free_fields(config) | ({"method"} if own else set())
     for field, value in config.items():
-        if field in free or (field not in expected and files_peft.empty(value)):
+        if field in free or (field not in expected and targets.empty(value)):
             continue
         if field not in expected or _plain(value, config) != _plain(expected[field], config):
             raise AdapterFileError(
@@ -300,7 +301,7 @@ def _check_config(
 def _plain(value: Any, config: dict[str, Any]) -> Any:
     """Lists as sets, without the heads that peft adds by itself, and nothing as an empty one."""
     if isinstance(value, list) or value is None:
-        return {str(item) for item in value or ()} - set(files_peft.HEADS.get(str(config.get("task_type")), ()))
+        return {str(item) for item in value or ()} - set(targets.HEADS.get(str(config.get("task_type")), ()))
     return value
 
 

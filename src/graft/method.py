@@ -146,6 +146,9 @@ class CopyDelta(Delta):
         super().__init__()
         self.copy = clean_copy(module).float().requires_grad_(True)
 
+    def kept(self) -> dict[str, Tensor]:
+        return self.copy.state_dict(keep_vars=True)
+
     def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         weight = next(self.copy.parameters())
         x = x_BTI.to(weight.dtype) if x_BTI.is_floating_point() else x_BTI

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from graft import attend, roles
 from graft.errors import ConfigError, SiteError
-from graft.method import AttentionDelta, Build, Delta, Method
+from graft.method import AttentionDelta, Build, Delta, Expanded, Method
 from graft.roles import Site
 
 PLACES = ("encoder", "decoder", "cross")
@@ -96,7 +96,7 @@ class PrefixTuning(Method):
         shared.drop()
 
 
-class PrefixTable(nn.Module):
+class PrefixTable(Expanded):
     """What all layers share: the (P, sum of 2 K d) table, or the embedding and MLP that make it while training."""
 
     def __init__(
