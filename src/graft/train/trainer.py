@@ -32,6 +32,7 @@ from graft.train import state as states
 from graft.train.guards import enough_memory, trains_quantized
 from graft.train.saving import SavingTrainer
 from graft.train.schedule import Schedule
+from graft.train.steps import MethodSteps, by_rate, first_batches, refuse_own_optimizer, start
 
 COLUMNS = ("adapter", "segments")
 NAMED = 20
@@ -77,6 +78,7 @@ class GraftTrainer(SavingTrainer):
         use_cache = getattr(model.config, "use_cache", None)
         with trains_quantized(model):
             super().__init__(model, args, *positional, **kwargs)
+        self.add_callback(MethodSteps(model))
         if use_cache is not None:
             model.config.use_cache = use_cache  # Trainer changes the user's model; our batches say use_cache instead
         self.data_collator: Callable[..., Any] = _KeepAdapters(self.data_collator)
@@ -212,6 +214,15 @@ class GraftTrainer(SavingTrainer):
         """No weight decay on vectors: biases, norms, gates, scales."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer's, with a group for each rate that a method asks."""
+        if self.optimizer is not None:
+            refuse_own_optimizer(states.trained(self.model))
+            return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        by_rate(optimizer, states.trained(self.model))
+        return optimizer
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Zero: Trainer would walk all parameters for it at every step."""
         return 0
@@ -317,6 +328,7 @@ class GraftTrainer(SavingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a lack of memory is a TrainingError with advice."""
+        start(self.model, lambda count: first_batches(self, count))
         self.start, self.newest, self.losses, self.good_batch = states.starting(self.model), None, [], None
         states.sweep(Path(self.args.output_dir))
         try:
