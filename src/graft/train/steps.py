@@ -1,4 +1,4 @@
-"""What methods do while they train: a start from data, their own learning rates, and work before and after each step."""
+"""What methods do while they train: a start from data, rates of their own, and work before and after each step."""
 
 from __future__ import annotations
 
