@@ -8,16 +8,49 @@ from typing import Any
 import torch
 
 import graft.methods  # noqa: F401  fills the registry
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.method import REGISTRY, Method, SelectMethod
 
-SMALL: dict[str, Any] = {"rank": 4, "size": 5, "length": 3, "count": 1}
+SMALL: dict[str, Any] = {"rank": 4, "size": 5, "length": 3, "count": 1, "target_rank": 2}
 EXTRA: dict[str, list[dict[str, Any]]] = {
     "lora": [{"targets": "all-linear", "rslora": True}],
+    "dora": [{"targets": "all-linear", "bias": "all"}],
     "bottleneck": [{"kind": "pfeiffer"}, {"kind": "parallel"}],
     "prefix_tuning": [{"hidden": 6}],
+    "intrinsic": [{"kind": "did", "head": False}],
+    "p_tuning": [{"encoder": "lstm", "hidden": 5}],
+    "llama_adapter": [{"layers": 1, "gate": "per_layer", "tanh": False}],
+    "compose": [
+        {"parts": ({"method": "lora", "rank": 4}, {"method": "lora", "rank": 2, "targets": "all-linear"})},
+        {"parts": ({"method": "bottleneck", "size": 5}, {"method": "prefix_tuning", "length": 3})},
+    ],
+    "lora_fa": [{"targets": "all-linear", "projected": True}],
+    "tied_lora": [{"train_A": False, "train_B": False}, {"share_A": False, "train_uv": False}],
+    "vera": [{"targets": "all-linear"}],
+    "multi_lora": [{"count": 3}, {"count": 3, "per_output": False}],
+    # The gradient of a constant or vector B is a sum that cancels; the contract's bound in fp32 is too tight for it.
+    "glora": [
+        {"supernet": True, "choices": {"b": ("lora", "lora_2", "none")}},
+        {"a": "vector", "b": "none", "c": "vector", "d": "constant", "e": "constant"},
+    ],
 }
+NEEDED: dict[str, dict[str, Any]] = {
+    "compose": {"parts": ({"method": "lora", "rank": 4}, {"method": "prompt_tuning", "length": 3})},
+    "trainable_tokens": {"tokens": tuple(range(5, 45))},
+    "intrinsic": {"size": 200},
+}
+"""What a method has no default for."""
+OWN: dict[str, dict[str, Any]] = {"llama_adapter": {"layers": 2}}
+"""What an instance of one method needs on models of two layers."""
+_ENCODERS = ("bert", "roberta", "distilbert")
 CANNOT: dict[str, dict[str, str]] = {
+    "llama_adapter": dict.fromkeys(_ENCODERS, "is an encoder"),
+    "long_lora": dict.fromkeys((*_ENCODERS, "t5", "mt5", "bart"), "is no decoder alone"),
+    "intrinsic": {"mixtral": "is no linear, embedding or norm"},
+    "bitfit": dict.fromkeys(
+        ("llama", "gemma2", "mixtral", "t5", "mt5", "llama_tied", "mistral", "qwen3", "gemma3", "phi3", "llama_cls"),
+        "no biases at all",
+    ),
     "head": dict.fromkeys(
         ("llama", "gpt2", "gemma2", "mixtral", "t5", "mt5", "bart", "llama_tied", "mistral", "qwen2")
         + ("qwen3", "gemma3", "phi3", "gpt_neox", "opt"),
@@ -32,7 +65,8 @@ def instances(name: str, arch: str) -> list[Method]:
     """Small instances of a registered method that fit the architecture."""
     cls = REGISTRY[name]
     fields = {field.name for field in dataclasses.fields(cls)}
-    base = {key: value for key, value in SMALL.items() if key in fields}
+    base = {key: value for key, value in SMALL.items() if key in fields} | NEEDED.get(name, {})
+    base |= OWN.get(name, {})
     if arch == "mixtral":
         base |= ATTENTION_ONLY.get(name, {})
     return [cls(**{**base, **extra}) for extra in ({}, *EXTRA.get(name, []))]

@@ -14,8 +14,8 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 
 # Floor -> modules and folders at the top of the package. A new one must be put here.
 FLOORS = {
-    0: ("errors", "weights", "vocabulary", "roles", "method"),
-    1: ("routes", "hooks", "slots", "freeze", "bank", "attend", "adapt"),
+    0: ("errors", "ids", "weights", "vocabulary", "roles", "method"),
+    1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt"),
     2: ("methods", "forms"),
     3: ("base", "files*", "probe", "description", "combining", "merging"),
     4: ("data",),

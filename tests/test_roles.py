@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+import graft
 from graft.errors import SiteError
 from graft.roles import (
     Site,
@@ -227,6 +228,27 @@ def test_an_entry_that_names_nothing(name: str, targets: Any, text: str) -> None
     with pytest.raises(SiteError, match=text) as caught:
         select(tiny(name), targets)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SwitchTransformers", "NllbMoe"])
+def test_experts_that_are_linears_cannot_be_named(name: str) -> None:
+    """Each sees the tokens that the router sends it, so rows could not be told apart there."""
+    sizes = {"vocab_size": 99, "d_model": 32, "num_heads": 4, "num_experts": 2, "decoder_start_token_id": 0}
+    switch = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    nllb = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    more = {**switch, "pad_token_id": 0} if name == "SwitchTransformers" else {**nllb, "encoder_sparse_step": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, **more)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    expert = next(
+        path for path, module in model.named_modules() if "experts." in path and isinstance(module, nn.Linear)
+    )
+    for targets in ([expert], [expert.rpartition(".")[2]], r".*\.expert_1\..*", "all-linear"):
+        with pytest.raises(SiteError, match=r"targets: \S*\.experts\.\S* is one of the routed experts") as caught:
+            graft.attach(model, graft.LoRA(targets=targets))
+        assert "\n" not in str(caught.value)
+    found = paths(select(model, "all-linear", exclude=r".*\.experts\..*"))
+    assert any(path.endswith("router.classifier") for path in found) and not any("experts." in path for path in found)
+    assert select(model, QUERY_VALUE)
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's own

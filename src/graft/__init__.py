@@ -10,7 +10,7 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from graft.adapt import attach, detach, prepare, route, use
-    from graft.bank import Adapter
+    from graft.adapter import Adapter
     from graft.base import load_base
     from graft.combining import combine
     from graft.description import describe
@@ -25,9 +25,14 @@ if _typing.TYPE_CHECKING:
         TrainingError,
     )
     from graft.files import load, save
+    from graft.ids import SLOT
     from graft.merging import merge, unmerge
+    from graft.methods.adalora import AdaLoRA
     from graft.methods.bottleneck import Bottleneck
+    from graft.methods.dora import DoRA
     from graft.methods.full import FullFineTuning
+    from graft.methods.glora import GLoRA
+    from graft.methods.glora_search import extract_glora, search_glora
     from graft.methods.head import Head
     from graft.methods.ia3 import IA3
     from graft.methods.lora import LoRA
@@ -39,7 +44,7 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapter": "bank",
+    "Adapter": "adapter",
     "AdapterFileError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -47,11 +52,13 @@ _HOMES = {
     "GraftTrainer": "train.trainer",
     "MergeError": "errors",
     "RouteError": "errors",
+    "SLOT": "ids",
     "SiteError": "errors",
     "TrainingError": "errors",
     "attach": "adapt",
     "combine": "combining",
     "describe": "description",
+    "extract_glora": "methods.glora_search",
     "detach": "adapt",
     "load": "files",
     "load_base": "base",
@@ -59,17 +66,21 @@ _HOMES = {
     "prepare": "adapt",
     "route": "adapt",
     "save": "files",
+    "search_glora": "methods.glora_search",
     "unmerge": "merging",
     "use": "adapt",
 }
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterFileError",
     "Bottleneck",
     "ConfigError",
     "DataError",
+    "DoRA",
     "FullFineTuning",
+    "GLoRA",
     "GraftError",
     "GraftTrainer",
     "Head",
@@ -79,6 +90,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "RouteError",
+    "SLOT",
     "SiteError",
     "TopLayers",
     "TrainingError",
@@ -86,12 +98,14 @@ __all__ = [
     "combine",
     "describe",
     "detach",
+    "extract_glora",
     "load",
     "load_base",
     "merge",
     "prepare",
     "route",
     "save",
+    "search_glora",
     "unmerge",
     "use",
 ]

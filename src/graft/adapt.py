@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graft import attend, freeze, roles, slots
-from graft.bank import Adapter, Bank, bank_of, key_of, known
+from graft.adapter import Adapter, key_of
+from graft.bank import Bank, bank_of, known
 from graft.errors import ConfigError, RouteError, SiteError
 from graft.method import Build, CopyDelta, Method, SelectMethod
 from graft.roles import Site
-from graft.routes import Route, entry_of
+from graft.routes import Entry, Route, entry_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,11 +151,13 @@ def detach(model: PreTrainedModel, name: str | None = None) -> None:
     bank = bank_of(model)
     if bank.originals is not None:
         raise RouteError("the model is merged; call graft.unmerge before detaching")
+    if name is not None and "/" in name and name in bank:
+        raise RouteError(f"{name!r} is a part of a composed adapter; detach {name.partition('/')[0]!r}")
     for each in bank.names if name is None else (name,):
         known(bank, ((each, 1.0),))
-        if any(each in route.names for route in bank.routes):
+        if any(each in {used.partition("/")[0] for used in route.names} for route in bank.routes):
             raise RouteError(f"adapter {each!r} is in a route that has not ended; detach it after the block")
-        if any(each == used for used, _ in bank.used):
+        if any(each == used.partition("/")[0] for used, _ in bank.used):
             use(model, None)
         _take_off(model, bank, each)
 
@@ -183,6 +186,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Put the slots of soft prompts into a batch.
 
+    They stand where a row has the id `graft.SLOT`, which must be there once for each; in front of a row without it.
+    Rows of the base lose their pseudo-tokens.
+
     Args:
         batch: `input_ids` (B, T) and what goes with them: `attention_mask`, `labels`, `token_type_ids`.
         rows: one entry per row; None for what is in use. Pass the same rows to `route`.
@@ -194,7 +200,8 @@ def prepare(
         It pads right when there are labels, else left for decoders. Encoder-decoders get slots in the encoder only.
 
     Raises:
-        RouteError: no `input_ids`, or rows that do not fit the batch.
+        RouteError: no `input_ids`, rows that do not fit the batch, a row with another number of pseudo-tokens than its
+            prompt has, or one behind a decoder's last label, which cannot see it.
     """
     bank = bank_of(model)
     if "input_ids" not in batch:
@@ -207,20 +214,22 @@ def prepare(
         return _prepare_packed(model, bank, batch, segments)
     size = batch["input_ids"].shape[0]
     entries = [known(bank, entry) for entry in slots.entries_of(rows, bank.current, size)]
-    counts = [sum(delta.length for delta in bank.prompts(entry)) for entry in entries]
-    if not any(counts):
+    counts = [_count(bank, entry) for entry in entries]
+    if not any(counts) and not slots.marked(batch):
         return batch
     config = model.config
     causal = roles.is_decoder(model)
     new, mask_BT = slots.add_slots(
         batch,
         counts,
-        slot_id=slots.slot_token(config),
+        slot_id=slots.slot_token(config, batch["input_ids"]),
         pad_id=max(pad, 0) if isinstance(pad := getattr(config, "pad_token_id", None), int) else 0,
         side="left" if causal and "labels" not in batch else "right",
         positions=causal and slots.accepts(model, "position_ids"),
         keep_labels=roles.is_encoder_decoder(model),
     )
+    if causal:
+        slots.refuse_unseen(new, mask_BT)
     bank.slots.note(new["input_ids"], mask_BT)
     return new
 
@@ -229,12 +238,19 @@ def _prepare_packed(
     model: PreTrainedModel, bank: Bank, batch: dict[str, Any], segments: Sequence[tuple[Any, int]]
 ) -> dict[str, Any]:
     entries = [known(bank, entry_of(entry)) for entry, _ in segments]
-    counts = [sum(delta.length for delta in bank.prompts(entry)) for entry in entries]
-    if not any(counts):
+    counts = [_count(bank, entry) for entry in entries]
+    if not any(counts) and not slots.marked(batch):
         return {**batch, "segments": list(segments)}
-    new, mask_BT = slots.add_segment_slots(batch, segments, counts, slot_id=slots.slot_token(model.config))
+    slot_id = slots.slot_token(model.config, batch["input_ids"])
+    new, mask_BT = slots.add_segment_slots(batch, segments, counts, slot_id=slot_id)
+    slots.refuse_unseen(new, mask_BT)
     bank.slots.note(new["input_ids"], mask_BT)
     return new
+
+
+def _count(bank: Bank, entry: Entry) -> int | None:
+    """How many slots the soft prompts of an entry need; None for the base."""
+    return sum(delta.length for delta in bank.prompts(entry)) if entry else None
 
 
 def _check(bank: Bank | None, method: Method, name: str) -> None:
@@ -256,6 +272,10 @@ def _made(model: PreTrainedModel, method: Method, name: str, peft_compat: bool) 
     """The adapter with all its deltas; the model is not touched."""
     build = Build(model, peft_compat)
     adapter = Adapter(name, method, peft_compat=peft_compat)
+    for key, part in method.parts_of(build).items():
+        adapter.join(key, _made(model, part, f"{name}/{key}", peft_compat))
+    if adapter.parts:
+        return adapter
     if isinstance(method, SelectMethod):
         parameters = dict(model.named_parameters())
         adapter.selected = {each: parameters[each] for each in method.chosen(build)}

@@ -5,9 +5,10 @@ Shape legend: B rows, H query heads, K key/value heads, T queries, S keys, D hea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ class AttentionCall:
     """One call of the attention function, for some rows or some queries.
 
     `mask` is None, a bool mask (True: visible) or an additive one, broadcastable to (B, H, T, S). `past` is the number
-    of cached tokens before the first query. `options` goes to the model's own function as it came.
+    of cached tokens before the first query. `options` goes to the model's own function as it came. `queries` says which
+    of a packed batch's tokens the queries are, None for all; `front` how many rows stand in front of the keys.
     """
 
     module: nn.Module
@@ -48,6 +50,8 @@ class AttentionCall:
     mask: Tensor | None
     past: Any
     options: dict[str, Any]
+    queries: Tensor | None = None
+    front: int = 0
 
 
 class Seat:
@@ -60,7 +64,7 @@ class Seat:
         self.biased: list[Any] = [biased]  # in a list: a seat is no module and must not be walked as one
 
     def acts(self, entry: Any) -> tuple[str, ...]:
-        return tuple(name for name, _ in entry if name in self.deltas)
+        return tuple(name for name, _ in self.bank.leaves(entry) if name in self.deltas)
 
 
 def _through(kind: str) -> Callable[..., Result]:
@@ -119,9 +123,13 @@ def _attend(seat: Seat, call: AttentionCall, base: Callable[[AttentionCall], Res
 
 def _chain(seat: Seat, names: tuple[str, ...], base: Callable[[AttentionCall], Result]) -> Any:
     run: Callable[[AttentionCall], Result] = base
-    for name in reversed(names):
-        run = _Link(seat.deltas[name], run)
+    for delta in sorted((seat.deltas[name] for name in names), key=_order)[::-1]:
+        run = _Link(delta, run)
     return run
+
+
+def _order(delta: AttentionDelta) -> int:
+    return delta.order
 
 
 class _Link:
@@ -147,6 +155,7 @@ def _slice(call: AttentionCall, index: Tensor, dim: int) -> AttentionCall:
         key_BKSD=call.key_BKSD if whole else cut(call.key_BKSD),
         value_BKSD=call.value_BKSD if whole else cut(call.value_BKSD),
         mask=cut(call.mask),
+        queries=index if whole else call.queries,
         options={**call.options, "position_bias": cut(call.options["position_bias"])}
         if "position_bias" in call.options
         else call.options,
@@ -168,11 +177,11 @@ def prepend(call: AttentionCall, key_PKD: Tensor, value_PKD: Tensor) -> Attentio
     """The call with P rows in front of keys and values that every query sees, whatever window or mask there is.
 
     Args:
-        key_PKD, value_PKD: (P, K, D), used as stored: no rotation.
+        key_PKD, value_PKD: (P, K, D) for all rows or (B, P, K, D), used as stored: no rotation.
     """
-    batch, length = call.key_BKSD.shape[0], key_PKD.shape[0]
-    key = key_PKD.to(call.key_BKSD.dtype).transpose(0, 1).expand(batch, -1, -1, -1)
-    value = value_PKD.to(call.value_BKSD.dtype).transpose(0, 1).expand(batch, -1, -1, -1)
+    batch, length = call.key_BKSD.shape[0], key_PKD.shape[-3]
+    key = key_PKD.to(call.key_BKSD.dtype).transpose(-3, -2).expand(batch, -1, -1, -1)
+    value = value_PKD.to(call.value_BKSD.dtype).transpose(-3, -2).expand(batch, -1, -1, -1)
     mask = explicit_mask(call)
     if mask is not None:
         if mask.shape[-1] != call.key_BKSD.shape[2]:
@@ -187,6 +196,7 @@ def prepend(call: AttentionCall, key_PKD: Tensor, value_PKD: Tensor) -> Attentio
         value_BKSD=torch.cat([value, call.value_BKSD], 2),
         mask=mask,
         options=options,
+        front=call.front + length,
     )
 
 
@@ -277,6 +287,37 @@ def uninstall(bank: Bank) -> None:
     for config, kind in bank.attention:
         config._attn_implementation = kind
     bank.attention = []
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Inside, the base alone runs, and each attention's keys and values (B, K, S, D), as attended to, are noted."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    before = [(config, now) for config in configs.values() if (now := getattr(config, "_attn_implementation", None))]
+    bank, name = getattr(model, roles.BANK, None), f"{PREFIX}recorded"
+    asleep = getattr(bank, "asleep", False)
+    whole: Any = model.config
+    kind = whole._attn_implementation.removeprefix(PREFIX)
+
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Result:
+        seen[module] = key, value
+        return _inner(module, kind)(module, query, key, value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS[name] = record
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kind])  # masks are looked up among these only
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        if bank is not None:
+            bank.asleep = True
+        yield seen
+    finally:
+        for config, now in before:
+            config._attn_implementation = now
+        if bank is not None:
+            bank.asleep = asleep
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _bias_source(model: nn.Module, site: Site) -> nn.Module | None:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graft import attend, freeze, roles, slots
-from graft.errors import RouteError, SiteError
-from graft.hooks import BarrierHook, ContiguousHook, PoolHook, PositionHook, RootHook, SiteHook, SlotHook, Tap, pooled
-from graft.method import AttentionDelta, Delta, InputDelta, Method
+from graft import attend, freeze, positions, roles, slots
+from graft.adapter import Adapter as Adapter
+from graft.adapter import key_of as key_of
+from graft.errors import RouteError
+from graft.hooks import BarrierHook, ContiguousHook, PoolHook, RootHook, SiteHook, SlotHook, Tap, pooled
+from graft.method import AttentionDelta, Delta, Drawn, InputDelta, PositionDelta
 from graft.roles import Site
 from graft.routes import BASE, Entry, Route
 
@@ -26,92 +28,6 @@ if TYPE_CHECKING:
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Where a forward's batch size is read, in this order."""
-
-
-class Adapter(nn.Module):
-    """One adapter: a method, and its parameters at the sites of one model.
-
-    Attributes:
-        name: what routes call it.
-        method: the recipe.
-        peft_compat: whether it has peft's form where that differs from the method.
-    """
-
-    def __init__(self, name: str, method: Method, *, peft_compat: bool) -> None:
-        super().__init__()
-        self.name = name
-        self.method = method
-        self._scale = 1.0
-        self.peft_compat = peft_compat
-        self.deltas = nn.ModuleDict()
-        self.shared: nn.Module | None = None
-        self.sites: dict[str, Site] = {}
-        self.shift: dict[str, int] = {}
-        self.inputs: list[str] = []
-        self.selected: dict[str, nn.Parameter] = {}
-        self.other: dict[str, Tensor] = {}
-        self.note: str | None = None
-        self.card: dict[str, Any] | None = None
-        self.acting = False
-        self.trains = False
-
-    @property
-    def scale(self) -> float:
-        """The dial: what multiplies the adapter's weight wherever it acts; soft prompts and prefixes have none."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        if value != 1.0 and self.unweighted:
-            raise RouteError(f"adapter {self.name!r} ({self.method.name}) has no dial; its scale can only be 1")
-        self._scale = float(value)
-
-    @property
-    def unweighted(self) -> bool:
-        """Whether it can only act with weight 1: prompts, prefixes and what trains the base itself."""
-        kinds = (AttentionDelta, InputDelta)
-        return bool(self.selected) or any(isinstance(delta, kinds) for _, delta in self.items())
-
-    @property
-    def trainable(self) -> int:
-        """How many values train now."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    @property
-    def saved(self) -> int:
-        """How many values a saved folder holds."""
-        shared = getattr(self.shared, "saved_numel", None)
-        if self.shared is not None and shared is None:
-            shared = sum(p.numel() for p in self.shared.parameters())
-        own = sum(delta.saved_numel for _, delta in self.items())
-        return own + (shared or 0) + sum(p.numel() for p in self.selected.values())
-
-    def at(self, path: str) -> Delta:
-        """The delta at the site with this path."""
-        return self.deltas[key_of(path)]  # type: ignore[return-value]
-
-    def items(self) -> Iterator[tuple[Site, Delta]]:
-        """Each site with its delta, in the model's order."""
-        for path, site in self.sites.items():
-            yield site, self.at(path)
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The adapter's parameters; for a selection method those of the base that it trains."""
-        yield from super().parameters(recurse)
-        yield from self.selected.values()
-
-    def add(self, site: Site, delta: Delta) -> None:
-        """Own the delta of one more site."""
-        if site.path in self.sites:
-            raise SiteError(f"{self.method.name}: two deltas of one adapter at {site.path}; name each place once")
-        delta.bind(self.shared)
-        self.deltas[key_of(site.path)] = delta
-        self.sites[site.path] = site
-        if isinstance(delta, InputDelta):
-            self.inputs.append(site.path)
-        if isinstance(delta, AttentionDelta) and delta.shift:
-            for stack in (site.stack, ""):  # "" is the only one of a model with one stack
-                self.shift[stack] = max(delta.shift, self.shift.get(stack, 0))
 
 
 class Bank(nn.Module):
@@ -139,10 +55,13 @@ class Bank(nn.Module):
         self.visited: set[str] | None = None
 
     def __getitem__(self, name: str) -> Adapter:
-        return self.held[key_of(name)]  # type: ignore[return-value]
+        whole, _, part = name.partition("/")
+        adapter: Any = self.held[key_of(whole)]
+        return adapter.parts[part] if part else adapter
 
     def __contains__(self, name: object) -> bool:
-        return key_of(str(name)) in self.held
+        whole, _, part = str(name).partition("/")
+        return key_of(whole) in self.held and (not part or part in self[whole].parts)
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self.held.values())  # type: ignore[arg-type]
@@ -166,9 +85,14 @@ class Bank(nn.Module):
         """Whether this forward goes on from a cache, whose first part had the slots."""
         return not isinstance(self.past, int) or self.past > 0
 
+    def leaves(self, entry: Entry) -> Entry:
+        """The entry with composed adapters resolved into their parts."""
+        return tuple(leaf for name, weight in entry for leaf in self[name].resolved(weight))
+
     def prompts(self, entry: Entry) -> list[InputDelta]:
         """The soft prompts of an entry, in order."""
-        return [self[name].at(path) for name, _ in entry for path in self[name].inputs]  # type: ignore[misc]
+        found = [self[name] for name, _ in self.leaves(entry)]
+        return [adapter.at(path) for adapter in found for path in adapter.inputs]  # type: ignore[misc]
 
     def pools(self, entry: Entry) -> int:
         """1 if a pooler shall read the token behind the slots of this entry."""
@@ -177,21 +101,6 @@ class Bank(nn.Module):
     def row_entries(self, size: int) -> list[Entry]:
         """The entry of each of `size` rows under the current route."""
         return [self.current.entries[i] for i in self.current.owner(size)]
-
-    def offset(self, stack: str) -> int | Tensor | None:
-        """How far positions move in a stack: one number, a (B, 1) or (1, T) tensor, or None."""
-        if self.asleep or not self.shifted:
-            return None
-        route = self.current
-        shifts = [sum(self[name].shift.get(stack, 0) for name, _ in entry) for entry in route.entries]
-        if not any(shifts):
-            return None
-        if route.uniform is not None:
-            return shifts[0]
-        device = next(iter(self.parameters())).device
-        if route.by_token:
-            return torch.tensor([shifts[i] for i in route.owner(route.tokens)], device=device)[None]
-        return torch.tensor([shifts[i] for i in route.owner(self.batch)], device=device)[:, None]
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, root: bool, module: nn.Module) -> None:
         """Note what a forward brings; a batch that does not fit the route is refused here."""
@@ -204,13 +113,18 @@ class Bank(nn.Module):
         cache: Any = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
-        self.shifted = any(self[name].shift for name in self.current.names)
+        self.shifted = any(self[name].shift or self[name].stretch != 1.0 for name in self.current.names)
         self.slots.active = None
         if self.prompted and not self.asleep and kwargs.get("inputs_embeds") is not None:
             raise RouteError(
                 "a row has a soft prompt but the model got inputs_embeds; pass the input_ids that graft.prepare returns"
             )
+        if self.prompted and not (self.asleep or self.continues or torch.compiler.is_compiling()):
+            slots.refuse_marked(found)
         freeze.replay_checkpoints(self)
+        for drawer in self._drawers():
+            if drawer.training and (root or drawer.drawn is None):
+                drawer.draw()
         if root:
             attend.keep(self)
             self.current.check_packed(module, kwargs)
@@ -247,11 +161,17 @@ class Bank(nn.Module):
 
     def snapshot(self) -> tuple[Any, ...]:
         """What a recomputed part of a forward has to find again."""
-        return self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep
+        drawn = [(drawer, drawer.drawn) for drawer in self._drawers()]
+        return self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep, drawn
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Put a snapshot back."""
-        self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep = state
+        self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep, drawn = state
+        for drawer, value in drawn:
+            drawer.drawn = value
+
+    def _drawers(self) -> list[Drawn]:
+        return [adapter.shared for adapter in self if isinstance(adapter.shared, Drawn)]
 
     # Hooks at sites.
 
@@ -261,13 +181,14 @@ class Bank(nn.Module):
 
     def place(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Install the hooks that an adapter's deltas need."""
-        for site, delta in adapter.items():
+        for name, site, delta in adapter.owned():
             if isinstance(delta, AttentionDelta):
-                attend.seat(model, self, site, adapter.name, delta)
-            else:
-                self._place_site(model, site, adapter.name, delta)
-        if adapter.shift:
-            self._place_positions(model)
+                attend.seat(model, self, site, name, delta)
+            elif not isinstance(delta, PositionDelta):
+                self._place_site(model, site, name, delta)
+        if adapter.shift or adapter.stretch != 1.0:
+            positions.place(model, self)
+        freeze.start(model, self, adapter)
 
     def _place_site(self, model: nn.Module, site: Site, name: str, delta: Delta) -> None:
         hook = self.hooks.get(site.path)
@@ -297,33 +218,32 @@ class Bank(nn.Module):
             else:
                 self.hook(":pool", module.register_forward_hook(hook.after))
 
-    def _place_positions(self, model: nn.Module) -> None:
-        if ":position" in self.handles:
-            return
-        for site in roles.sites(model):
-            if site.role == "position":
-                # With one stack, names mean nothing: an encoder's embeddings stand outside of its `encoder`.
-                hook = PositionHook(self, site.stack if roles.is_encoder_decoder(model) else "")
-                self.hook(":position", site.module.register_forward_pre_hook(hook.before, with_kwargs=True))
-                self.hook(":position", site.module.register_forward_hook(hook.after))
-
     def remove(self, model: nn.Module, adapter: Adapter) -> None:
         """Take an adapter's deltas away, and every hook that serves nobody any more."""
-        for site, delta in adapter.items():
+        for name, site, delta in adapter.owned():
             if isinstance(delta, AttentionDelta):
-                attend.unseat(model, self, site, adapter.name)
+                attend.unseat(model, self, site, name)
                 continue
-            hook = self.hooks.get(site.path)
-            if hook is not None:
-                hook.deltas.pop(adapter.name, None)
-            if hook is not None and not hook.deltas:
-                del self.hooks[site.path]
-                self._unhook(site.path, f"{site.path}:before", f"{site.path}:slots")
-        if not any(other.shift for other in self if other is not adapter):
-            self._unhook(":position")
+            self._displace(name, site.path)
+        if not any(other.shift or other.stretch != 1.0 for other in self if other is not adapter):
+            self._unhook(positions.HOOKS)
         if not any(self.prompts(((other.name, 1.0),)) for other in self if other is not adapter):
             self._unhook(":pool")
         self._unhook(f":barrier:{adapter.name}")
+
+    def drop(self, adapter: Adapter, path: str) -> None:
+        """Take one site off an adapter for good: the base answers there."""
+        self._displace(adapter.name, path)
+        adapter.drop(path)
+
+    def _displace(self, name: str, path: str) -> None:
+        hook = self.hooks.get(path)
+        if hook is None:
+            return
+        hook.deltas.pop(name, None)
+        if not hook.deltas:
+            del self.hooks[path]
+            self._unhook(path, f"{path}:before", f"{path}:slots")
 
     def _unhook(self, *paths: str) -> None:
         for path in paths:
@@ -379,9 +299,5 @@ def known(bank: Bank, entry: Entry) -> Entry:
             raise RouteError(f"adapter {name!r} ({adapter.method.name}) can only have weight 1, not {weight}")
         if adapter.selected and len(entry) > 1:
             raise RouteError(f"adapter {name!r} ({adapter.method.name}) trains the base itself; it acts alone")
+    positions.divisor(bank, entry)
     return entry
-
-
-def key_of(path: str) -> str:
-    """A path or name as a child's name: no dots, and never that of a method of nn.Module."""
-    return ":" + path.replace(".", "/")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapt import attach
-from graft.bank import Adapter, bank_of, known
+from graft.adapter import Adapter
+from graft.bank import bank_of, known
 from graft.errors import ConfigError
 from graft.method import from_dict
 from graft.routes import entry_of

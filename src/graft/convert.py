@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors
 import torch
 
 from graft import probe
@@ -16,7 +13,7 @@ from graft.base import load_base, load_config, load_tokenizer
 from graft.errors import AdapterFileError, ConfigError, MergeError
 from graft.evaluate.opening import default_template, head_outputs, template_of
 from graft.files import load, read_card, save
-from graft.files_disk import CARD
+from graft.files_disk import CARD, fresh
 from graft.merging import merge
 
 FORMS = ("graft", "peft")
@@ -109,19 +106,8 @@ def _free(output: Path) -> None:
 @contextlib.contextmanager
 def _written(output: Path) -> Iterator[Path]:
     """A folder under another name that takes its own at the end, or vanishes."""
-    new = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.new"
-    missing = [parent for parent in output.absolute().parents if not parent.exists()]
-    try:
-        new.parent.mkdir(parents=True, exist_ok=True)
+    with fresh(output) as new:
         yield new
         if output.exists():
             output.rmdir()  # it is empty: _free has looked
         new.rename(output)
-    except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError | safetensors.SafetensorError):
-            raise AdapterFileError(f"{output}: could not be written: {error}") from error
-        raise

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from graft import roles
-from graft.bank import Adapter, Bank
+from graft.adapter import Adapter
+from graft.bank import Bank
 from graft.base import load_config
 from graft.errors import ConfigError
 from graft.roles import Site

@@ -18,14 +18,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from graft import files_disk, files_forms, freeze, probe, roles
+from graft import files_disk, files_forms, files_lora, freeze, probe, roles
 from graft.adapt import attach, detach
-from graft.bank import Adapter, bank_of, known
+from graft.adapter import Adapter
+from graft.bank import bank_of, known
 from graft.errors import AdapterFileError, ConfigError, SiteError
 from graft.files_disk import CARD, CONFIG, TENSORS
 from graft.forms import targets
 from graft.forms.base import Slot, Unheld
-from graft.method import CopyDelta, Method, from_dict
+from graft.method import Expanded, Method, from_dict
 
 log = logging.getLogger("graft")
 
@@ -33,6 +34,8 @@ CARD_FIELDS = {"format_version", "graft_version", "method", "peft_compat", "temp
 CARD_FIELDS |= {"base", "probe"}
 CHECKS = ("error", "warn", "off")
 FORMS = ("auto", "peft")
+ENCODED = "a folder holds what its encoder or MLP made, not the encoder: the rows train on by themselves"
+PLACED = "its template places the pseudo-tokens among the text, and peft puts them all in front"
 
 
 def save(
@@ -76,18 +79,13 @@ def save(
         if not (folder / CONFIG).is_file():
             raise AdapterFileError(f"{folder} holds something else than an adapter and is not overwritten")
     adapter = bank[name]
-    with torch.no_grad():
-        config, slots = _layout(model, adapter, form)
-        if any(parameter.is_meta for parameter in adapter.parameters()):
-            raise AdapterFileError(f"adapter {name!r} is on the meta device and has no values to save")
-        tensors = {key: slot.read().to("cpu").contiguous().clone() for key, slot in slots.items() if not slot.optional}
-    files_disk.check_finite(tensors, f"adapter {name!r}")
-    card = _card(model, adapter, template)
+    if any(parameter.is_meta for parameter in adapter.parameters()):
+        raise AdapterFileError(f"adapter {name!r} is on the meta device and has no values to save")
     with files_disk.replacing(folder) as new:
-        safetensors.torch.save_file(tensors, new / TENSORS, metadata={"format": "pt"})
-        card["tensors_sha256"] = files_disk.checksum(new / TENSORS)
-        files_disk.write_json(new / CONFIG, dict(sorted(config.items())))
-        files_disk.write_json(new / CARD, card)
+        _write(model, adapter, new, template, form)
+        for key, part in adapter.parts.items():
+            (new / key).mkdir()
+            _write(model, part, new / key, template, form)  # type: ignore[arg-type]
     return folder
 
 
@@ -126,21 +124,21 @@ def load(
     note = _check_base(model, folder, card, check) or _other_name(model, config, card)
     name = folder.resolve().name if name is None else name
     with probe.random_kept(model):
-        start = method
-        if hasattr(method, "tokenizer"):  # its rows come from the file, not from a text
-            start = dataclasses.replace(method, init="random", text=None, labels=None)  # type: ignore[call-arg]
         try:
-            adapter = attach(model, start, name, peft_compat=peft_compat, trainable=trainable)
+            adapter = attach(model, _blank(method), name, peft_compat=peft_compat, trainable=trainable)
         except SiteError as error:
             raise AdapterFileError(f"{folder}: {error}") from error
+    encoded = trainable and isinstance(adapter.shared, Expanded) and adapter.shared.table is None
     try:
         adapter.method = method
         _take(model, adapter, folder, config, card, tensors, own)
+        for key, part in adapter.parts.items():
+            _take_part(model, part, folder / key)  # type: ignore[arg-type]
     except BaseException:
         detach(model, name)
         raise
     adapter.requires_grad_(trainable)
-    adapter.note = note
+    adapter.note = "; ".join(filter(None, (note, ENCODED if encoded else None))) or None
     adapter.card = card
     return adapter
 
@@ -193,8 +191,27 @@ def check_saved(model: nn.Module, name: str) -> float | None:
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def _layout(model: nn.Module, adapter: Adapter, form: str) -> tuple[dict[str, Any], dict[str, Slot]]:
+def _write(model: nn.Module, adapter: Adapter, new: Path, template: dict[str, Any] | None, form: str) -> None:
+    """The files of one adapter into a new folder; the parts of a composed one have folders of their own in it."""
+    with torch.no_grad():
+        adapter = files_lora.exported(model, adapter) if form == "peft" else adapter
+        config, slots = _layout(model, adapter, form, template)
+        tensors = {key: slot.read().to("cpu").contiguous().clone() for key, slot in slots.items() if slot.written}
+    files_disk.check_finite(tensors, f"adapter {adapter.name!r}")
+    card = _card(model, adapter, template)
+    safetensors.torch.save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+    card["tensors_sha256"] = files_disk.checksum(new / TENSORS)
+    files_disk.write_json(new / CONFIG, dict(sorted(config.items())))
+    files_disk.write_json(new / CARD, card)
+
+
+def _layout(
+    model: nn.Module, adapter: Adapter, form: str, template: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Slot]]:
+    template = template if template is not None else (adapter.card or {}).get("template")
     try:
+        if any("{slots:" in prompt for prompt in (template or {}).get("templates") or ()):
+            raise Unheld(PLACED)
         config = files_forms.peft_config(model, adapter)
         return config, files_forms.peft_slots(model, adapter, config)
     except Unheld as reason:
@@ -204,7 +221,7 @@ def _layout(model: nn.Module, adapter: Adapter, form: str) -> tuple[dict[str, An
 
 
 def _card(model: nn.Module, adapter: Adapter, template: dict[str, Any] | None) -> dict[str, Any]:
-    whole = [site.path for site, delta in adapter.items() if isinstance(delta, CopyDelta)]
+    whole = [site.path for site, delta in adapter.items() if delta.whole]
     whole += [s.path for s in roles.task_heads(model) if any(n.startswith(f"{s.path}.") for n in adapter.selected)]
     try:
         logits = probe.probe(model, adapter.name)
@@ -252,7 +269,8 @@ def _take(
     own: bool,
 ) -> None:
     """Fill the adapter with the folder's tensors, each exactly once."""
-    adapter.method.finish(adapter.shared)
+    if not adapter.parts:
+        adapter.method.finish(adapter.shared)
     freeze.ignore_on_save(model, bank_of(model))
     if own or card:
         _check_config(model, adapter, folder, config, card, own)
@@ -274,6 +292,33 @@ def _take(
                 slots[key].fill(tensors[key])
     except AdapterFileError as error:
         raise AdapterFileError(f"{path}: {error}") from error
+
+
+def _take_part(model: nn.Module, part: Adapter, folder: Path) -> None:
+    """Fill one part of a composed adapter from its folder, which must be of the method that the whole names."""
+    if not (folder / CONFIG).is_file():
+        raise AdapterFileError(f"{folder}: no {CONFIG} here; a part of the composed adapter is missing")
+    config, card = read_config(folder), read_card(folder)
+    tensors = files_disk.read_tensors(folder, card)
+    method, peft_compat, own = _method(model, folder, config, card)
+    if not card:
+        raise AdapterFileError(f"{folder}: no {CARD} here; load the part alone, or put the file back")
+    told = dataclasses.replace(part.method, head=method.head)
+    if (told.to_dict(full=True), part.peft_compat) != (method.to_dict(full=True), peft_compat):
+        raise AdapterFileError(f"{folder}: holds another {method.name} than the composed adapter names")
+    part.card = card
+    _take(model, part, folder, config, card, tensors, own)
+
+
+def _blank(method: Method) -> Method:
+    """The method without what only its first start needs: its rows come from the file, not from a text."""
+    parts = getattr(method, "parts", None)
+    if parts:
+        return dataclasses.replace(method, parts=tuple(_blank(part) for part in parts))  # type: ignore[call-arg]
+    if hasattr(method, "text"):
+        words = {name: None for name in ("text", "labels") if hasattr(method, name)}
+        return dataclasses.replace(method, init="random", **words)  # type: ignore[arg-type, call-arg]
+    return method
 
 
 def _check_config(

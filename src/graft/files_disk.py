@@ -26,29 +26,17 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end, with what else was in there; or vanishes."""
-    folder = folder.resolve() if folder.is_symlink() else folder
+def fresh(folder: Path) -> Iterator[Path]:
+    """The name of a new folder beside `folder`, to be filled and renamed; if that fails, nothing is left of it.
+
+    Raises:
+        AdapterFileError: the disk refuses.
+    """
     missing = [parent for parent in folder.absolute().parents if not parent.exists()]
-    new, old = (folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.{end}" for end in ("new", "old"))
+    new = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.new"
     try:
-        new.mkdir(parents=True)
+        new.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        if (new / TENSORS).exists() and (new / CONFIG).exists():
-            shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors writes for the owner alone
-        if folder.exists():
-            for item in folder.iterdir():
-                if item.name not in (CONFIG, TENSORS, CARD):
-                    (shutil.copytree if item.is_dir() else shutil.copy2)(item, new / item.name)
-            folder.rename(old)
-            try:
-                new.rename(folder)
-            except BaseException:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            new.rename(folder)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
         for parent in missing:
@@ -57,6 +45,31 @@ def replacing(folder: Path) -> Iterator[Path]:
         if isinstance(error, OSError | safetensors.SafetensorError):
             raise AdapterFileError(f"{folder}: could not be written: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end, with what else was in there; or vanishes."""
+    folder = folder.resolve() if folder.is_symlink() else folder
+    with fresh(folder) as new:
+        new.mkdir()
+        yield new
+        if (new / TENSORS).exists() and (new / CONFIG).exists():
+            shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors writes for the owner alone
+        if not folder.exists():
+            new.rename(folder)
+            return
+        for item in folder.iterdir():
+            if item.name not in (CONFIG, TENSORS, CARD) and not (new / item.name).exists():
+                (shutil.copytree if item.is_dir() else shutil.copy2)(item, new / item.name)
+        old = new.with_suffix(".old")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

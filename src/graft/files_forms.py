@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graft.forms  # noqa: F401  fills the registry
 from graft import roles
 from graft.adapt import FOREIGN
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.errors import AdapterFileError, ConfigError, SiteError
 from graft.forms import targets
 from graft.forms.base import COMMON, FORMS, ROOT, Config, Slot, Unheld, form_of, plain
@@ -51,6 +51,8 @@ def own_config(model: nn.Module, adapter: Adapter) -> Config:
 def own_slots(adapter: Adapter) -> dict[str, Slot]:
     """Our own form: parameters by site and name, what sites share once, and base parameters by their own names."""
     slots = {name: _selected(adapter, name) for name in adapter.selected}
+    if adapter.parts:
+        return slots  # they have folders of their own
     for site, delta in adapter.items():
         for key, value in delta.kept().items():
             slots[f"{ROOT}{site.path}.{key}"] = plain(value)
@@ -93,7 +95,7 @@ def peft_config(model: nn.Module, adapter: Adapter) -> Config:
     """
     method = adapter.method.saved_as(adapter)
     form = form_of(method)
-    kept = sorted(site.path for site, delta in adapter.items() if isinstance(delta, CopyDelta))
+    kept = sorted(site.path for site, delta in adapter.items() if type(delta) is CopyDelta)
     config: Config = {
         "peft_type": form.kind,
         "task_type": _task(model, set(kept)),
@@ -103,6 +105,10 @@ def peft_config(model: nn.Module, adapter: Adapter) -> Config:
     }
     if targets.saved_whole(model, config) != set(kept):
         raise Unheld("peft's rule for modules_to_save would take other modules too")
+    if "modules_to_save" not in form.fields:
+        if kept:
+            raise Unheld(f"peft's {form.kind} trains no module whole, such as {kept[0]}")
+        del config["modules_to_save"]
     return config | form.write(model, adapter, method, config)
 
 

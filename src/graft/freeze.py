@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graft import roles
 from graft.errors import ConfigError
-from graft.hooks import Replayed
+from graft.hooks import Replayed, StartHook
 from graft.method import Build, SelectMethod
 
 if TYPE_CHECKING:
-    from graft.bank import Adapter, Bank
+    from graft.adapter import Adapter
+    from graft.bank import Bank
     from graft.routes import Entry
+
+ABOVE = ("head", "norm.final", "pooler")
+"""Roles outside of all blocks that stand above them."""
 
 
 def freeze(model: nn.Module, bank: Bank) -> None:
@@ -84,6 +89,26 @@ def unclaim(model: nn.Module, adapter: Adapter) -> None:
         swap(adapter)
     for parameter in adapter.selected.values():
         parameter.requires_grad_(False)
+
+
+def start(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
+    """Note the first block that an adapter acts in, and let no graph be kept below it while training.
+
+    A model whose embeddings give gradients (`enable_input_require_grads`) would keep one through all frozen blocks.
+    """
+    found = list(roles.blocks(model).values())
+    config: Any = model.config
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    layers = [site.layer for site in adapter.sites.values() if site.role not in ABOVE]
+    # Two stacks meet in every layer, and a block that runs many times has nothing below it.
+    if len(found) != 1 or len(found[0]) != depth or not layers or None in layers:
+        return
+    first = min(layer for layer in layers if layer is not None)
+    for each in (adapter, *adapter.leaves):
+        each.starts = first
+    if first:
+        hook, block = StartHook(bank, first), found[0][first][1]
+        bank.hook(f":barrier:{adapter.name}", block.register_forward_pre_hook(hook.before, with_kwargs=True))
 
 
 def select(model: nn.Module, bank: Bank, entry: Entry) -> None:

@@ -5,7 +5,6 @@ Shape legend: N leading size, B rows, T tokens, D width, P virtual tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,8 @@ class SiteHook:
 
     def acts(self, entry: Entry) -> list[Act]:
         """The deltas of an entry at this site with their weights, in the order in which they act."""
-        found = [(self.deltas[name], weight * self.bank[name].scale) for name, weight in entry if name in self.deltas]
+        leaves = self.bank.leaves(entry)
+        found = [(self.deltas[name], weight * self.bank[name].scale) for name, weight in leaves if name in self.deltas]
         found = [(delta, weight) for delta, weight in found if not isinstance(delta, InputDelta)]
         return found if len(found) < 2 else sorted(found, key=_order)
 
@@ -110,6 +110,8 @@ class SiteHook:
         if route.uniform is not None:
             acts = self.acts(route.uniform)
             return run(acts, tensors) if acts else None
+        if not route.by_token:
+            tensors = [_spread(tensor, self.bank.batch) for tensor in tensors]
         flat = [_flat(tensor, route.tokens) if route.by_token else tensor for tensor in tensors]
         target = flat[-1]
         parts = []
@@ -220,49 +222,6 @@ class PoolHook:
         return hidden_BTD.gather(1, index)
 
 
-class PositionHook:
-    """Moves the positions of real tokens up by the prefix rows in front of them (peft does the same)."""
-
-    def __init__(self, bank: Bank, stack: str) -> None:
-        self.bank = bank
-        self.stack = stack
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        offset = self.bank.offset(self.stack)
-        if offset is None:
-            return None
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if "past_key_values_length" in names:
-            return (), self._learned(given, offset, names)
-        key = "position_ids" if "position_ids" in names else names[0]
-        given[key] = given[key] + offset
-        return (), given
-
-    def _learned(self, given: dict[str, Any], offset: Any, names: list[str]) -> dict[str, Any]:
-        past = given.get("past_key_values_length", 0)
-        ids = given.get("position_ids")
-        if names[0] == "attention_mask":
-            if ids is None:
-                mask = given["attention_mask"]
-                ids = (mask.cumsum(1) * mask - 1).long()[:, past:]
-            given["position_ids"] = ids + offset
-        elif ids is not None:
-            given["position_ids"] = ids + offset
-        elif not isinstance(offset, int) and "position_ids" not in names:
-            raise RouteError("this model's positions cannot differ by row; give rows with one prefix length a batch")
-        elif isinstance(offset, int):
-            given["past_key_values_length"] = past + offset
-        else:
-            size = given[names[0]].shape[1]
-            given["position_ids"] = torch.arange(size, device=offset.device) + past + offset
-        return given
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """BART-like modules add a dimension in front of position ids that they are given: take it away again."""
-        return output.squeeze(0) if isinstance(output, Tensor) and output.dim() == 4 else None
-
-
 class ContiguousHook:
     """Hands a frozen head a contiguous input: F.linear on a slice copies the weight for every row on CPU."""
 
@@ -279,6 +238,23 @@ class BarrierHook:
             return None
         cut = {key: _detached(value) if key == "hidden_states" else value for key, value in kwargs.items()}
         return (_detached(args[0]), *args[1:]) if args else args, cut
+
+
+class StartHook(BarrierHook):
+    """Detaches what enters a block while training, if every adapter in the route starts there or further up."""
+
+    def __init__(self, bank: Bank, layer: int) -> None:
+        self.bank = bank
+        self.layer = layer
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Only while training: in eval mode somebody may want the gradient of the inputs.
+        if self.bank.asleep or not module.training:
+            return None
+        names = [name for entry in self.bank.current.entries for name, _ in self.bank.leaves(entry)]
+        if not names or any((self.bank[name].starts or 0) < self.layer for name in names):
+            return None
+        return super().before(module, args, kwargs)
 
 
 class RootHook:
@@ -346,6 +322,11 @@ def _flat(tensor: Tensor, tokens: int) -> Tensor:
     if shape[0] == tokens:
         return tensor
     raise RouteError(f"a packed batch of {tokens} tokens reached a module with an input of {tuple(shape)}")
+
+
+def _spread(tensor: Tensor, rows: int) -> Tensor:
+    """A table of positions may run once for the whole batch: each row then gets its own."""
+    return tensor.expand(rows, *tensor.shape[1:]) if tensor.shape[0] == 1 < rows else tensor
 
 
 def _like(flat: Tensor, tensor: Tensor, by_token: bool, tokens: int) -> Tensor:

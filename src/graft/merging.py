@@ -17,9 +17,12 @@ from graft.errors import AdapterFileError, MergeError
 from graft.hooks import SiteHook
 from graft.method import CopyDelta, Delta
 from graft.routes import BASE, Entry, entry_of
-from graft.weights import is_embedding, is_linear, quantized, set_weight_OI, weight_OI
+from graft.weights import dense, is_embedding, is_linear, quantized, set_weight_OI, weight_OI
 
 TIED = ("error", "untie")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+"""What transformers leaves on a quantized model, and what makes it save one."""
 
 
 @dataclass
@@ -37,7 +40,8 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
 
     Args:
         entry: a name, a tuple of names, or a dict of name to weight; they merge in the order in which they act.
-        into: a dtype for a quantized base, whose packed weights cannot be changed.
+        into: "bf16", "fp16" or "fp32" for a quantized base, whose packed weights cannot be changed: every quantized
+            linear is replaced by a plain one, and the model is no longer quantized until `unmerge`.
         tied: "error" refuses to merge into a weight that another module shares; "untie" gives the site its own.
 
     Returns:
@@ -59,12 +63,17 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
     if chosen == BASE:
         raise MergeError("name at least one adapter to merge")
     hooks = _hooks(bank, chosen)
+    if into is not None and into not in DTYPES:
+        raise MergeError(f"into is one of {', '.join(DTYPES)}, not {into!r}")
     _refuse(model, bank, chosen, hooks, into, tied)
     dialled = {name: weight * bank[name].scale for name, weight in chosen}
     before = probe.probe(model, dialled)
     freeze.select(model, bank, chosen)
-    kept: list[Kept] = []
+    kept: list[Any] = []
     try:
+        if into is not None:
+            _unpack(model, DTYPES[into], kept)
+            hooks = [(hook, model.get_submodule(hook.path)) for hook, _ in hooks]
         for hook, module in hooks:
             _merge_site(model, module, hook.acts(chosen), hook.path, kept, tied)
     except BaseException:
@@ -117,14 +126,16 @@ def _refuse(
                 raise MergeError(
                     f"adapter {name!r} replaces {site.path}, which is not linear: it merges at weight 1 only"
                 )
+    if into is not None and not any(quantized(module) for module in model.modules()):
+        raise MergeError(f"into={into!r} is for a quantized base, and this one is none; leave it out")
     for hook, module in hooks:
-        if quantized(module):
+        if quantized(module) and into is None:
             raise MergeError(
-                f"{hook.path} is quantized and its packed weight cannot be changed"
-                + (f" into {into}" if into else "")
-                + "; load the base in 16 or 32 bit, load the adapter there and merge"
+                f"{hook.path} is quantized and its packed weight cannot be changed; merge into plain weights with "
+                "into='bf16', or load the base in 16 or 32 bit and the adapter there"
             )
-        if tied == "error" and (other := _shares(model, module, hook.path)):
+        alike = all(delta.everywhere for delta, _ in hook.acts(entry))
+        if tied == "error" and not alike and (other := _shares(model, module, hook.path)):
             raise MergeError(
                 f"{hook.path} shares its weight with {other}: merging would change both, while unmerged only the "
                 "first changes; merge with tied='untie' to give it a weight of its own"
@@ -152,11 +163,13 @@ def _shares(model: nn.Module, module: nn.Module, path: str) -> str | None:
 def _merge_site(
     model: nn.Module, module: nn.Module, acts: list[tuple[Delta, float]], path: str, kept: list[Kept], tied: str
 ) -> None:
+    before = list(kept)
     for child in module.modules():
         kept.extend(
             Kept(child, name, p, None if p is None else p.detach().clone()) for name, p in child._parameters.items()
         )
-    if _shares(model, module, path):
+    alike = all(delta.everywhere for delta, _ in acts)
+    if not alike and _shares(model, module, path):
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
     rest = [(delta, weight) for delta, weight in acts if not isinstance(delta, CopyDelta)]
     copies = [(delta, weight) for delta, weight in acts if isinstance(delta, CopyDelta)]
@@ -183,8 +196,10 @@ def _merge_site(
             zero = torch.zeros_like(merged[1])
             old = zero if bias_now is None else bias_now
             bias_now = _moved(old, zero if from_bias is None else from_bias, merged[1], weight)
-    if matrix:
+    if matrix and not (alike and any(item.parameter is module.weight for item in before)):
         set_weight_OI(module, weight_now)
+    elif not matrix:
+        module.get_parameter("weight").copy_(weight_now)
     if bias_now is not None and bias is None:
         raise MergeError(f"{path} has no bias that this adapter's could be merged into; a saved model would lose it")
     if bias_now is not None:
@@ -196,9 +211,45 @@ def _moved(now: Tensor, start: Tensor, new: Tensor, weight: float) -> Tensor:
     return new if weight == 1.0 and start is now else now + weight * (new - start)
 
 
+@dataclass
+class Unpacked:
+    """The quantized linears that a merge replaced, and what told transformers of them."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    marks: dict[str, Any]
+    config: Any
+
+    def back(self) -> None:
+        for path, module in self.modules.items():
+            self.model.set_submodule(path, module)
+        for name, value in self.marks.items():
+            setattr(self.model, name, value)
+        if self.config is not None:
+            self.model.config.quantization_config = self.config  # type: ignore[union-attr]
+
+
+def _unpack(model: nn.Module, dtype: torch.dtype, kept: list[Any]) -> None:
+    """Put a plain linear in the place of every quantized one, without the hooks, which sleep while merged."""
+    found = {path: module for path, module in model.named_modules() if quantized(module)}
+    marks = {name: getattr(model, name) for name in MARKS if name in model.__dict__}
+    config: Any = model.config
+    item = Unpacked(model, found, marks, getattr(config, "quantization_config", None))
+    kept.append(item)
+    for path, module in found.items():
+        model.set_submodule(path, dense(module, dtype))
+    for name in marks:
+        delattr(model, name)
+    if item.config is not None:
+        del config.quantization_config
+
+
 @torch.no_grad()
-def _put_back(kept: list[Kept]) -> None:
+def _put_back(kept: list[Any]) -> None:
     for item in reversed(kept):
+        if isinstance(item, Unpacked):
+            item.back()
+            continue
         if item.parameter is None or item.value is None:
             item.module.register_parameter(item.name, None)
             continue

@@ -35,6 +35,12 @@ class Delta(nn.Module):
     order: ClassVar[int] = ADD
     from_base: ClassVar[bool] = False
     """Whether `after` and `merged` read the base's own output and weight, whatever other adapters act on the row."""
+    whole: ClassVar[bool] = False
+    """Whether it holds all of the module that it answers for, so that the base's own values there do not count."""
+    everywhere: ClassVar[bool] = False
+    """Whether the same change acts at every module that has this site's weight, so that a tied weight may be merged."""
+    weighted: ClassVar[bool] = True
+    """Whether an entry may give it another weight than 1."""
     tap: str | None = None
     """Path of a module whose *input* is handed to `after` as x, for a delta that spans a sub-layer."""
     shared: nn.Module | None
@@ -105,8 +111,23 @@ class Expanded(nn.Module):
         raise NotImplementedError(type(self).__name__)
 
 
+class Drawn(nn.Module):
+    """A shared module that draws at random, once for each training forward: `drawn` is the draw that holds.
+
+    Whatever a checkpointed layer recomputes later finds the draw of its own forward again.
+    """
+
+    drawn: Any = None
+
+    def draw(self) -> None:
+        """Draw anew, from torch's own CPU generator (checkpoints keep its state), and set `drawn`."""
+        raise NotImplementedError(type(self).__name__)
+
+
 class InputDelta(Delta):
     """Rows of embeddings that overwrite the slot tokens at the embedding site."""
+
+    weighted = False
 
     def rows_PD(self) -> Tensor:
         """The (P, D) embeddings of the slots, in slot order."""
@@ -122,8 +143,9 @@ class InputDelta(Delta):
 
 
 class AttentionDelta(Delta):
-    """A change inside the attention function: see `graft.attend`."""
+    """A change inside the attention function: see `graft.attend`. The one of the highest `order` is the innermost."""
 
+    weighted = False
     shift: int = 0
     """How many positions the real tokens of the row move up (prefix rows take the first ones)."""
 
@@ -137,10 +159,21 @@ class AttentionDelta(Delta):
         return base(call)
 
 
+class PositionDelta(Delta):
+    """Rotary positions divided by `divisor`, at the rotary module: see `graft.positions`."""
+
+    weighted = False
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+
 class CopyDelta(Delta):
     """A trained copy of a whole module (a task head, a norm) that answers in its place; the original stays frozen."""
 
     order = REPLACE
+    whole = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -233,6 +266,19 @@ class Method:
     def extras(self, build: Build) -> list[tuple[Site, Delta]]:
         """Further deltas that go with the method, for example trained copies of norms."""
         return []
+
+    def parts_of(self, build: Build) -> dict[str, Method]:
+        """The methods that this one is composed of, by name; nothing for a method of its own."""
+        return {}
+
+    def part_rate(self, part: str) -> float:
+        """The factor on the learning rates of a part."""
+        return 1.0
+
+    def with_tokenizer(self, tokenizer: Any) -> Method:
+        """The method with the tokenizer that its start needs, where it does."""
+        named = any(field.name == "tokenizer" for field in dataclasses.fields(self))
+        return dataclasses.replace(self, tokenizer=tokenizer) if named else self  # type: ignore[call-arg]
 
     def finish(self, shared: nn.Module | None) -> None:
         """Drop what only training needs (a prefix's MLP); called when an adapter stops training for good."""

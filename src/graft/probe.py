@@ -65,12 +65,13 @@ def check_base(model: nn.Module, expected: dict[str, Any]) -> str | None:
     """Compare the model's base with a stored fingerprint.
 
     Returns:
-        None, or a note that the base is the same in another precision.
+        None, or a note that the base is the same in another precision, or with more tokens in its embedding.
 
     Raises:
-        AdapterFileError: another base; says which was expected and what was found.
+        AdapterFileError: another base, or one with fewer tokens; says which was expected and what was found.
     """
     found = fingerprint(model, tuple(expected.get("without", ())))
+    grown = _as_many_rows(model, expected, found)
     different = _difference(expected, found)
     if different:
         raise AdapterFileError(
@@ -78,8 +79,9 @@ def check_base(model: nn.Module, expected: dict[str, Any]) -> str | None:
             'load that base, or pass check="warn" or check="off"'
         )
     if expected["precision"] == found["precision"]:
-        return None
-    return f"the adapter was made on this base in {expected['precision']}, here it is in {found['precision']}"
+        return grown
+    other = f"the adapter was made on this base in {expected['precision']}, here it is in {found['precision']}"
+    return other if grown is None else f"{other}; {grown}"
 
 
 def precision(model: nn.Module) -> str:
@@ -95,8 +97,8 @@ def probe(model: nn.Module, entry: Any) -> dict[str, Any] | None:
     """The logits of a few fixed token ids under an entry, in eval mode; nothing of the model's state is changed.
 
     Returns:
-        `ids`, `logits` (at most 64 values of the last two positions, fp32) and `precision`; None on the meta device,
-        for sharded models and for models that take no token ids.
+        `ids`, `logits` (at most 64 values of the last two positions, fp32), `outputs` (the size of the vocabulary) and
+        `precision`; None on the meta device, for sharded models and for models that take no token ids.
     """
     first = next(model.parameters(), None)
     takes_ids = getattr(model, "main_input_name", "input_ids") == "input_ids" and hasattr(model, "config")
@@ -106,7 +108,8 @@ def probe(model: nn.Module, entry: Any) -> dict[str, Any] | None:
     logits_V = logits(model, entry, ids)
     if not bool(torch.isfinite(logits_V).all()):
         return None
-    return {"ids": ids, "precision": precision(model), "logits": [_short(value) for value in logits_V.tolist()]}
+    values = [_short(value) for value in logits_V.tolist()]
+    return {"ids": ids, "precision": precision(model), "outputs": _outputs(model), "logits": values}
 
 
 def check_probe(model: nn.Module, expected: dict[str, Any] | None, entry: Any) -> float | None:
@@ -121,7 +124,7 @@ def check_probe(model: nn.Module, expected: dict[str, Any] | None, entry: Any) -
     if not expected or next(model.parameters()).is_meta:
         return None
     want_V = torch.tensor(expected["logits"])
-    got_V = logits(model, entry, expected["ids"])
+    got_V = logits(model, entry, expected["ids"], expected.get("outputs"))
     order = list(TOLERANCES)
     coarser = max(expected["precision"], precision(model), key=order.index)
     if got_V.shape != want_V.shape:
@@ -136,8 +139,11 @@ def check_probe(model: nn.Module, expected: dict[str, Any] | None, entry: Any) -
 
 
 @torch.no_grad()
-def logits(model: nn.Module, entry: Any, ids: list[int]) -> Tensor:
-    """At most 64 of the output's values (V), fp32, on the CPU: evenly spaced over the last two positions."""
+def logits(model: nn.Module, entry: Any, ids: list[int], outputs: int | None = None) -> Tensor:
+    """At most 64 of the output's values (V), fp32, on the CPU: evenly spaced over the last two positions.
+
+    `outputs`: of a language model's logits only the first so many, for a base that has got more tokens since.
+    """
     with _quiet(model, entry):
         device = next(model.parameters()).device
         embedding = next((s.module for s in roles.sites(model) if s.role == "embedding"), None)
@@ -153,6 +159,8 @@ def logits(model: nn.Module, entry: Any, ids: list[int]) -> Tensor:
         out = model(**batch, return_dict=True)
     names = ("logits", "start_logits", "last_hidden_state")
     value: Tensor = next(out[name] for name in names if name in out)
+    if outputs is not None and value.shape[-1] == _outputs(model):
+        value = value[..., :outputs]
     flat = (value[:, -2:] if value.dim() == 3 else value).float().flatten().cpu()
     count = min(LOGITS, flat.numel())
     return flat[torch.tensor([i * (flat.numel() - 1) // max(count - 1, 1) for i in range(count)])]
@@ -222,6 +230,13 @@ def _token_ids(model: nn.Module) -> list[int]:
     return [*ids, end] if isinstance(end, int) else ids
 
 
+def _outputs(model: nn.Module) -> int | None:
+    """How many tokens a language model's head tells apart; None for models without one."""
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    weight = getattr(getter(), "weight", None) if getter is not None else None
+    return None if weight is None else int(weight_OI(getter()).shape[0])
+
+
 def _start(model: nn.Module) -> int:
     config = _text_config(model)
     found = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
@@ -247,6 +262,29 @@ def _base_tensors(model: nn.Module, without: tuple[str, ...]) -> Iterator[tuple[
                 yield name, weight_OI(module).detach()
             else:
                 yield name, originals.get(name, parameter).detach()
+
+
+def _as_many_rows(model: nn.Module, expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Let a base with more tokens in its embedding count with the rows that the stored one had: a note if it does."""
+    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    modules = [module for getter in getters if getter is not None and isinstance(module := getter(), nn.Module)]
+    tables = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    note = None
+    for name, parameter in model.named_parameters():
+        was = str(expected["tensors"].get(name, "")).split(" ")[0].split("x")
+        here = [str(size) for size in parameter.shape]
+        if id(parameter) not in tables or name not in found["tensors"] or was[1:] != here[1:] or was == here:
+            continue
+        rows, now = int(was[0]), parameter.shape[0]
+        if now < rows:
+            raise AdapterFileError(
+                f"made for a base with {rows} tokens in its embedding, here it has {now}: "
+                f"call model.resize_token_embeddings({rows}) first"
+            )
+        found["tensors"][name] = _sample(parameter.detach()[:rows])
+        found["config"]["vocab_size"] = expected["config"].get("vocab_size", rows)
+        note = f"the embedding has {now} tokens here, and had {rows} where the adapter was made"
+    return note
 
 
 def _sample(tensor: Tensor) -> str:

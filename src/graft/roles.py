@@ -81,6 +81,7 @@ def sites(model: nn.Module, *, unnamed: bool = False) -> list[Site]:
     for path, module in modules.items():
         role = roles.get(path)
         known = is_linear(module) or (is_embedding(module) and not path.endswith(vocabulary.UNBATCHED))
+        known = known or (kind_of(module) == "norm" and vocabulary.HEAD_INSIDE.match(path) is not None)
         if role is None and unnamed and known:
             role = OTHER
         if role is not None:
@@ -100,7 +101,8 @@ def select(model: nn.Module, targets: Targets, *, exclude: Targets = (), layers:
         layers: None for all, n for the top n of each stack, or indices; sites outside of layers are then dropped.
 
     Raises:
-        SiteError: an entry names nothing, part of a fused linear is excluded, a layer does not exist, nothing is left.
+        SiteError: an entry names nothing or routed experts, part of a fused linear is excluded, a layer does not exist,
+            nothing is left.
     """
     everything = sites(model, unnamed=True)
     wanted = _matching(model, everything, targets, "targets")
@@ -116,6 +118,7 @@ def select(model: nn.Module, targets: Targets, *, exclude: Targets = (), layers:
             if not cut:
                 wanted.discard(site.path)
     chosen = _in_layers(model, [site for site in everything if site.path in wanted], layers)
+    vocabulary.refuse_routed(site.path for site in chosen)
     if not chosen:
         raise SiteError(f"targets {_show(targets)} leave no site after exclude={_show(exclude)} and layers={layers}")
     return chosen

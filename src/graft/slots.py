@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import RouteError
+from graft.ids import IGNORED, SLOT
 from graft.routes import Entry, Route
 
 REMEMBERED = 512
@@ -72,9 +73,23 @@ def _fit(prepared: Prepared, ids_BT: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(mask, (0, ids_BT.shape[1] - length))
 
 
+def marked(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch says itself where its slots are, by the id `SLOT`."""
+    ids = batch.get("input_ids")
+    return isinstance(ids, Tensor) and not ids.is_floating_point() and not ids.is_meta and bool((ids == SLOT).any())
+
+
+def refuse_marked(ids_BT: Tensor | None) -> None:
+    """Raise RouteError for ids that still mark pseudo-tokens: no embedding has a row for them."""
+    if marked({"input_ids": ids_BT}):
+        raise RouteError(
+            f"input_ids holds pseudo-tokens (id {SLOT}) as they are in the data; call graft.prepare(model, batch) first"
+        )
+
+
 def add_slots(
     batch: dict[str, Any],
-    counts: Sequence[int],
+    counts: Sequence[int | None],
     *,
     slot_id: int,
     pad_id: int,
@@ -82,89 +97,142 @@ def add_slots(
     positions: bool,
     keep_labels: bool = False,
 ) -> tuple[dict[str, Any], Tensor]:
-    """A new batch with `counts[b]` slots in front of row b's first real token, and the (B, T) slot mask.
+    """A new batch with `counts[b]` slots in row b, and the (B, T) slot mask.
+
+    They stand where the row has the id `SLOT`, and in front of its first real token if it has none.
 
     Args:
         batch: `input_ids` (B, T), and if present `attention_mask`, `labels`, `token_type_ids`, (B, T) each.
+        counts: for each row; None for a row of the base, which loses its pseudo-tokens.
         side: "left" or "right", where the shorter rows are padded.
         positions: whether to add `position_ids`, counted over real tokens.
         keep_labels: leave `labels` as they are (an encoder-decoder's or a classifier's).
+
+    Raises:
+        RouteError: a row whose pseudo-tokens are not as many as its slots, or whose mask has a gap.
     """
     ids_BT = batch["input_ids"]
     mask_BT = batch.get("attention_mask")
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
     rows = []
-    for ids, mask, count in zip(ids_BT, mask_BT, counts, strict=True):
+    for b, (ids, mask, count) in enumerate(zip(ids_BT, mask_BT, counts, strict=True)):
         real = mask.bool().nonzero().flatten()
         if len(real) and int(real[-1] - real[0]) + 1 != len(real):
-            raise RouteError("attention_mask has a gap inside a row; slots can only stand before one run of tokens")
+            raise RouteError("attention_mask has a gap inside a row; slots can only stand in one run of tokens")
         start, stop = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
-        rows.append((ids[start:stop], start, stop, count))
-    width = max(count + stop - start for _, start, stop, count in rows)
-    new = {key: value for key, value in batch.items() if key not in ("input_ids", "attention_mask", "position_ids")}
-    new_ids = ids_BT.new_full((len(rows), width), pad_id)
-    new_mask = mask_BT.new_zeros((len(rows), width))
-    slots = torch.zeros((len(rows), width), dtype=torch.bool, device=ids_BT.device)
-    extra = {
-        key: value.new_full((len(rows), width), -100 if key == "labels" else 0)
+        rows.append((start, stop, _order(ids[start:stop], count, f"row {b + 1}")))
+    width = max(len(order) for _, _, order in rows)
+    fills = {"input_ids": pad_id, "labels": IGNORED}
+    new = {key: value for key, value in batch.items() if key not in ("attention_mask", "position_ids")}
+    moved = {
+        key: value.new_full((len(rows), width), fills.get(key, 0))
         for key, value in batch.items()
         if _per_token(key, value, ids_BT) and not (keep_labels and key == "labels")
     }
-    for b, (ids, start, stop, count) in enumerate(rows):
-        length = count + stop - start
-        first = width - length if side == "left" else 0
-        new_ids[b, first : first + count] = slot_id
-        new_ids[b, first + count : first + length] = ids
-        new_mask[b, first : first + length] = 1
-        slots[b, first : first + count] = True
-        for key, value in extra.items():
-            value[b, first + count : first + length] = batch[key][b, start:stop]
+    new_mask_BT = mask_BT.new_zeros((len(rows), width))
+    slots_BT = torch.zeros((len(rows), width), dtype=torch.bool, device=ids_BT.device)
+    fills["input_ids"] = slot_id
+    for b, (start, stop, order) in enumerate(rows):
+        first = width - len(order) if side == "left" else 0
+        place, old = slice(first, first + len(order)), order.clamp(min=0) + start
+        inserted, slots = order < 0, (order < 0) | (ids_BT[b, old] == SLOT)
+        new_mask_BT[b, place], slots_BT[b, place] = 1, slots
+        for key, value in moved.items():
+            where = slots if key in fills else inserted
+            value[b, place] = batch[key][b, old].masked_fill(where, fills.get(key, 0))
         for key in ("start_positions", "end_positions"):
             if isinstance(new.get(key), Tensor):
                 new[key] = new[key].clone()
-                new[key][b] += first + count - start
-    new = {"input_ids": new_ids, "attention_mask": new_mask, **new, **extra}
+                asked = int(new[key][b]) - start
+                new[key][b] = first + int((order < asked).sum()) + max(asked - (stop - start), 0)
+    new |= moved | {"attention_mask": new_mask_BT}
     if positions:
-        new["position_ids"] = (new_mask.cumsum(-1) - 1).clamp(min=0)
-    return new, slots
+        new["position_ids"] = (new_mask_BT.cumsum(-1) - 1).clamp(min=0)
+    return new, slots_BT
 
 
 def add_segment_slots(
-    batch: dict[str, Any], segments: Sequence[tuple[Any, int]], counts: Sequence[int], *, slot_id: int
+    batch: dict[str, Any], segments: Sequence[tuple[Any, int]], counts: Sequence[int | None], *, slot_id: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """A packed batch with `counts[i]` slots in front of segment i, and the (1, T) slot mask.
+    """A packed batch with `counts[i]` slots in segment i, as `add_slots` places them, and the (1, T) slot mask.
 
     Args:
         batch: `input_ids` (1, T), and if present `labels` (1, T). Positions restart at each segment.
         segments: (entry, length) of each run of tokens; the new batch has them with their new lengths.
+        counts: for each segment; None for one of the base, which loses its pseudo-tokens.
     """
     lengths = [length for _, length in segments]
     if batch["input_ids"].shape != (1, sum(lengths)):
         raise RouteError(f"the segments have {sum(lengths)} tokens, input_ids {tuple(batch['input_ids'].shape)}")
-    new = {**batch, "segments": [(entry, n + count) for (entry, n), count in zip(segments, counts, strict=True)]}
-    fills = {"input_ids": slot_id, "labels": -100}
+    runs = batch["input_ids"][0].split(lengths)
+    orders = [_order(run, count, f"segment {i + 1}") for i, (run, count) in enumerate(zip(runs, counts, strict=True))]
+    sizes = [len(order) for order in orders]
+    new = {**batch, "segments": [(entry, size) for (entry, _), size in zip(segments, sizes, strict=True)]}
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    old = torch.cat([order.clamp(min=0) + start for order, start in zip(orders, starts, strict=True)])
+    slots_T = (torch.cat(orders) < 0) | (batch["input_ids"][0, old] == SLOT)
+    fills = {"input_ids": slot_id, "labels": IGNORED}
     for key in fills.keys() & batch.keys():
-        runs = zip(batch[key][0].split(lengths), counts, strict=True)
-        new[key] = torch.cat([part for run, n in runs for part in (run.new_full((n,), fills[key]), run)])[None]
+        new[key] = batch[key][:, old].masked_fill(slots_T, fills[key])
     device = batch["input_ids"].device
-    sizes = [length for _, length in new["segments"]]
     new["position_ids"] = torch.cat([torch.arange(size, device=device) for size in sizes])[None]
-    pairs = zip(sizes, counts, strict=True)
-    return new, torch.cat([torch.arange(size, device=device) < count for size, count in pairs])[None]
+    return new, slots_T[None]
+
+
+def refuse_unseen(batch: dict[str, Any], slots_BT: Tensor) -> None:
+    """Raise RouteError for a slot behind the last label of its row or segment: no decoder sees it there.
+
+    Args:
+        batch: a decoder's, with its slots; `labels` are (B, T) if they are per token.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != slots_BT.shape:
+        return
+    sizes = [size for _, size in batch["segments"]] if "segments" in batch else [1] * len(slots_BT)
+    what = "segment" if "segments" in batch else "row"
+    axis = 1 if "segments" in batch else 0
+    pairs = zip(slots_BT.split(sizes, axis), labels.split(sizes, axis), strict=True)
+    for number, (slots, trained) in enumerate(pairs, start=1):
+        last_slot, last_label = (found.flatten().nonzero().flatten()[-1:] for found in (slots, trained != IGNORED))
+        if len(last_slot) and len(last_label) and last_slot > last_label:
+            raise RouteError(
+                f"{what} {number} has a pseudo-token behind its last label; a decoder cannot see it there, put it in "
+                "front of the answer"
+            )
+
+
+def _order(ids: Tensor, count: int | None, where: str) -> Tensor:
+    """The places of a run's tokens in their new order, -1 for each slot put in front."""
+    marks = ids == SLOT
+    found = int(marks.sum())
+    every = torch.arange(len(ids), device=ids.device)
+    if found and count is not None and found != count:
+        raise RouteError(
+            f"{where} holds {found} pseudo-tokens and the soft prompt of its entry {count}; give it as many, or none "
+            "for slots in front"
+        )
+    if found or not count:
+        return every[~marks] if count is None else every
+    return torch.cat([every.new_full((count,), -1), every])
 
 
 def _per_token(key: str, value: Any, ids_BT: Tensor) -> bool:
-    named = key in ("labels", "token_type_ids", "special_tokens_mask")
+    named = key in ("input_ids", "labels", "token_type_ids", "special_tokens_mask")
     return named and isinstance(value, Tensor) and value.shape == ids_BT.shape and not value.is_floating_point()
 
 
-def slot_token(config: Any) -> int:
-    """An ordinary valid id that no model treats as special: the first that is not pad, bos, eos, ... ."""
+def slot_token(config: Any, ids_BT: Tensor | None = None) -> int:
+    """An ordinary valid id that no model treats as special: the first that is not pad, bos, eos, ... .
+
+    Nor one of `ids_BT` if there is another: then ids alone tell slots from tokens.
+    """
     special: set[Any] = set()
     for name in ("pad", "bos", "eos", "sep", "cls", "mask", "unk", "decoder_start", "forced_eos", "image"):
         value = getattr(config, f"{name}_token_id", None)
         special |= set(value) if isinstance(value, list | tuple) else {value}
-    return next(i for i in range(int(config.vocab_size)) if i not in special)
+    taken = set() if ids_BT is None or ids_BT.is_meta else set(ids_BT.unique().tolist())
+    ordinary = [i for i in range(int(config.vocab_size)) if i not in special]
+    return next((i for i in ordinary if i not in taken), ordinary[0])
 
 
 def accepts(model: nn.Module, name: str) -> bool:

@@ -8,12 +8,13 @@ class.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from graft.errors import ConfigError
+from graft.errors import ConfigError, SiteError
 from graft.weights import is_embedding, is_linear
 
 _CROSS = r"encoder_attn|cross_attn|cross_attention|crossattention|EncDecAttention|encoder_decoder_attention"
@@ -31,6 +32,8 @@ CROSS = re.compile(rf"(?:^|\.)(?:{_CROSS})(?:\.|_|$)")
 
 # Experts are fused parameters or routed per token: no linear there sees every token, so none can be a site.
 EXPERTS = re.compile(r"(?:^|\.)(?:experts|shared_experts?|residual_mlp)(?:\.|$)")
+# Those that are linears one by one see only the tokens that the router sends them; the shared ones see all.
+ROUTED = re.compile(r"(?:^|\.)experts\.")
 TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
 # peft trains these whole (`modules_to_save`, by the end of the name) and so never targets them or what is in them.
 KEPT_HEADS = ("score", "classifier", "pre_classifier", "qa_outputs")
@@ -156,6 +159,23 @@ PEFT_SCALED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mixtral": (("attention.key", "attention.value"), ()),
 }
 
+# What peft's LN_TUNING trains by default, by the ends of the paths; it has no default for any other model_type.
+_TWO, _MORE = (
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+PEFT_NORMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "gemma"), (*_TWO, "norm")),
+    **dict.fromkeys(("gemma2", "gemma3_text"), (*_TWO, *_MORE, "norm")),
+    **dict.fromkeys(("bloom", "falcon"), (*_TWO, "ln_f")),
+    **dict.fromkeys(("t5", "mt5"), ("layer_norm", "final_layer_norm")),
+    **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)),
+    "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "gptj": ("ln_1", "ln_f"),
+    "phi": ("input_layernorm", "final_layernorm"),
+}
+
 # transformers lists it among the causal models, and it is one only where its config says `is_decoder`.
 CAUSAL_BY_CONFIG = frozenset({"bert-generation"})
 
@@ -187,6 +207,21 @@ def name_roles(
         if roles.get(path) is None and not any(pattern.search(path) for pattern, _ in overrides):
             roles[path] = role
     return {path: role for path, role in roles.items() if role is not None}
+
+
+def peft_norms(config: Any) -> tuple[str, ...] | None:
+    """The norms that peft's LN_TUNING trains by default in a model with this config; None where it has no default."""
+    return PEFT_NORMS.get(str(getattr(config, "model_type", "")))
+
+
+def refuse_routed(paths: Iterable[str]) -> None:
+    """Raise a SiteError for the first path inside of routed experts: no route knows which row its tokens are of."""
+    for path in paths:
+        if ROUTED.search(path):
+            raise SiteError(
+                f"targets: {path} is one of the routed experts, which see single tokens and no rows: take attention "
+                "roles only, or exclude the experts"
+            )
 
 
 def layer_of(path: str, modules: dict[str, nn.Module]) -> int | None:

@@ -91,6 +91,32 @@ def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
     module.get_parameter("weight").copy_(stored)
 
 
+@torch.no_grad()
+def dense(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """A plain linear of this dtype with the weight that a quantized one stands for, and its bias."""
+    in_features, out_features = features(module)
+    weight = weight_OI(module)
+    plain = nn.Linear(in_features, out_features, bias=False, device=weight.device, dtype=dtype)
+    plain.weight.copy_(weight).requires_grad_(False)
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return plain
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes that the weight takes in memory: codes, their scales, and the tables of both."""
+    weight: Any = module.weight
+    parts = [weight.data]
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        parts += [state.absmax, state.code, *nested]
+    elif _is_8bit(module) and weight.dtype == torch.int8:
+        parts.append(weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB)  # type: ignore[union-attr]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
 def _no_weight(module: nn.Module) -> SiteError:
     return SiteError(f"{type(module).__name__} has no linear weight: choose a linear, a Conv1D or an embedding")
 

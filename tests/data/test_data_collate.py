@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ from graft.data.collate import (
     Collator,
     LengthGrouped,
     bins,
+    check_ends,
     check_packing,
     flatten,
     order,
@@ -25,6 +27,7 @@ from graft.data.collate import (
 )
 from graft.data.encode import Example
 from graft.data.rows import Row
+from graft.data.template import Template
 from graft.errors import ConfigError, DataError
 
 
@@ -247,3 +250,22 @@ def test_data_loader_resumes(bpe: PreTrainedTokenizerBase) -> None:
         again = [collator([ones[n] for n in batch])["input_ids"] for batch in sampler.batches()]
         assert len(seen) == len(sampler) == len(again)
         assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
+
+
+def test_an_encoder_decoder_needs_as_many_end_tokens_in_each_row(words: PreTrainedTokenizerBase) -> None:
+    def rows(*texts: str) -> list[Example]:
+        made = [Row(form="label", index=n, source="a.jsonl", text=text, label="x") for n, text in enumerate(texts, 1)]
+        return Template(mode="classification", label_names=("x",)).examples(made, words)
+
+    config = tiny.tiny("t5", eos_token_id=words.eos_token_id).config
+    good, twice = rows("the fox", "the quick fox"), rows("the fox", "the [SEP] fox")
+    check_ends(good, words, config)
+    check_ends([], words, config)
+    check_ends(twice[1:], words, config)
+    with pytest.raises(DataError, match=r"^a\.jsonl row 2: 2 end tokens \[SEP\], another row has 1") as caught:
+        check_ends(twice, words, config)
+    assert "\n" not in str(caught.value)
+    none = [dataclasses.replace(one, input_ids=one.input_ids[:-1]) for one in good]
+    with pytest.raises(DataError, match=r"^a\.jsonl row 1: no end token \[SEP\]"):
+        check_ends(none, words, config)
+    check_ends(none, words, tiny.tiny("bert").config)  # reads no end token

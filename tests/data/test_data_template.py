@@ -292,6 +292,9 @@ BAD_SETTINGS = [
     ({"kind": "chat", "separator": "x"}, "separator: it has no meaning with kind 'chat'"),
     ({"kind": "plain", "mode": "seq2seq", "separator": "x"}, "separator: it has no meaning with mode 'seq2seq'"),
     ({"label_names": ["a"]}, "label_names: it has no meaning with mode 'causal'"),
+    ({"mode": "classification", "kind": "alpaca"}, "kind: 'alpaca' has no meaning with mode 'classification'"),
+    ({"mode": "classification", "task": "sentiment"}, "template task and verbalizer: they have no meaning with mode"),
+    ({"mode": "classification", "verbalizer": {0: "a"}}, "verbalizer: it needs templates or a task beside it"),
     ({"kind": "plain", "chat_template": "x"}, "chat_template: it has no meaning with kind 'plain'"),
 ]
 

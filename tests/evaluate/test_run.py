@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from speaking import adapted, rows_of, speaking
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ import graft
 from graft.data.rows import Row
 from graft.data.template import Template
 from graft.errors import ConfigError, DataError
+from graft.evaluate.opening import open_base
 from graft.evaluate.run import evaluate, examine
 
 PLAIN = Template(kind="plain")
@@ -89,6 +91,34 @@ def test_a_classification_head(name: str, tokenizer: PreTrainedTokenizerBase, la
         evaluate(model, tokenizer, labelled, Template(mode="classification", label_names=("negative", "positive", "x")))
     with pytest.raises(ConfigError, match="writes no text"):
         evaluate(model, tokenizer, labelled, template, metrics=["bleu"])
+
+
+def test_a_random_head_is_called_so(tokenizer: PreTrainedTokenizerBase, labelled: list[Row], tmp_path: Path) -> None:
+    model = adapted(graft.load_base("embedded", precision="fp32", num_labels=2), a=graft.LoRA())
+    template = Template(mode="classification", label_names=("negative", "positive"))
+    found = examine(model, tokenizer, labelled, template, [None, "a"])
+    assert list(found.scores) == list(found.answers) == ["base (random head)", "a"]
+    graft.save(model, "a", tmp_path / "a", template=template.to_dict())
+    opened = open_base("embedded", {"a": str(tmp_path / "a")}, precision="fp32")
+    again = evaluate(opened.model, tokenizer, labelled, template, [None, "a"])
+    assert opened.random_head and list(again) == list(found.scores) and again["a"] == found.scores["a"]
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    opened = open_base(str(tmp_path / "base"), {}, precision="fp32")
+    assert not opened.random_head and list(evaluate(opened.model, tokenizer, labelled, template)) == ["base"]
+    template = Template.from_dict({"kind": "plain", "templates": ["{text}"]})
+    words = evaluate(graft.load_base("embedded", precision="fp32"), tokenizer, labelled, template, metrics=["accuracy"])
+    assert list(words) == ["base"]
+
+
+def test_rows_that_an_encoder_decoder_cannot_classify(tokenizer: PreTrainedTokenizerBase, labelled: list[Row]) -> None:
+    config = speaking("t5", num_labels=2).config
+    model = transformers.T5ForSequenceClassification(config).eval()
+    template = Template(mode="classification", label_names=("negative", "positive"))
+    with pytest.raises(DataError, match=r"rows\.jsonl row 1: no end token <\|end\|>"):
+        evaluate(model, tokenizer, labelled, template)
+    ended = [dataclasses.replace(row, text=f"{row.text}<|end|>") for row in labelled]
+    assert set(evaluate(model, tokenizer, ended, template)["base"]) == {"loss", "accuracy", "macro_f1"}
 
 
 def test_defaults_fit_the_rows(tokenizer: PreTrainedTokenizerBase, prompts: list[Row], tmp_path: Path) -> None:

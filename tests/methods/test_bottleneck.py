@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from twins import adapted, close, data_of, far, lively
 
 import graft
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.method import CopyDelta, from_dict
 from tiny import tiny
 

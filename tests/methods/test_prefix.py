@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import eager_mask
 from twins import adapted, close, copy_into, data_of, far, lively, peft_twin
 
@@ -130,6 +130,112 @@ def test_left_padding_changes_nothing() -> None:
     mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), data["attention_mask"]], 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     close(model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 2:], plain)
+
+
+# ------------------------------------------------------------------------------------------------ words and dropout
+
+WORDS = [7, 8, 10, 11]
+
+
+class Words:
+    """A tokenizer of one text."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": {"four words": WORDS, "": []}[text]}
+
+
+def of_words(**settings: Any) -> graft.PrefixTuning:
+    return graft.PrefixTuning(init="text", text="four words", tokenizer=Words(), **settings)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "gemma3", "qwen3", "opt", "mt5", "bart"])
+def test_rows_of_words_are_the_words_in_the_cache(arch: str) -> None:
+    """The start computes what the base computes with these words in front: their keys and values, read once."""
+    model, hand, data = lively(arch), lively(arch), data_of(arch, rows=1)
+    both, ids = arch in ("mt5", "bart"), data["input_ids"]
+    graft.attach(model, of_words(length=4, head=False), "a")
+    words = torch.tensor([WORDS])
+    if both:
+        # The decoder has read the words beside an encoder that read them too; then it goes on beside the batch's.
+        start, read = data["labels"].clamp(min=0), hand(input_ids=words, decoder_input_ids=words).past_key_values
+        cache = EncoderDecoderCache(read.self_attention_cache, DynamicCache())
+        expected = hand(input_ids=ids, decoder_input_ids=start, past_key_values=cache).logits
+        actual = model(input_ids=ids, decoder_input_ids=start).logits
+    else:
+        expected, actual = hand(torch.cat([words, ids], 1)).logits[:, 4:], model(ids).logits
+    close(actual, expected)
+    far(actual, hand(input_ids=ids, **({"decoder_input_ids": start} if both else {})).logits)
+
+
+def test_rows_of_words_in_encoders() -> None:
+    """BERT's keys and values of the words by its own linears; BART's encoder and cross-attention have theirs."""
+    model, hand = lively("bert"), lively("bert")
+    shared = graft.attach(model, of_words(length=4), "a").shared
+    hidden = hand.bert(torch.tensor([WORDS]), output_hidden_states=True).hidden_states
+    for layer, block in enumerate(hand.bert.encoder.layer):
+        own = block.attention.self
+        rows = torch.cat([own.key(hidden[layer][0]), own.value(hidden[layer][0])], -1)
+        close(shared.rows(f"bert.encoder.layer.{layer}.attention.self"), rows)
+    bart = lively("bart")
+    found = graft.attach(bart, of_words(length=4, where=("encoder", "cross")), "a").shared
+    states = lively("bart").model(torch.tensor([WORDS]), decoder_input_ids=torch.tensor([WORDS]))
+    cross = bart.model.decoder.layers[1].encoder_attn
+    rows = torch.cat(
+        [cross.k_proj(states.encoder_last_hidden_state[0]), cross.v_proj(states.encoder_last_hidden_state[0])], -1
+    )
+    close(found.rows("model.decoder.layers.1.encoder_attn"), rows)
+
+
+def test_words_are_repeated_or_cut_and_read_by_the_base_alone() -> None:
+    model = adapted("llama", graft.LoRA(rank=2))  # acts, and must not in what is read
+    graft.attach(model, graft.PrefixTuning(length=2), "p")
+    graft.use(model, ("a", "p"))
+    model.train()
+    kind = model.config._attn_implementation
+    for length, words in ((3, WORDS[:3]), (6, [*WORDS, *WORDS[:2]])):
+        table = graft.attach(model, of_words(length=length), f"w{length}").shared.table
+        cache = lively("llama")(torch.tensor([words])).past_key_values
+        for layer in range(2):
+            pair = (cache.layers[layer].keys, cache.layers[layer].values)
+            close(table.split(32, -1)[layer], torch.cat([x[0].transpose(0, 1).flatten(1) for x in pair], -1))
+    assert model.training and not model.adapters.asleep
+    assert model.config._attn_implementation == kind
+
+
+def test_dropout_is_drawn_for_each_row_in_training_alone() -> None:
+    method = graft.PrefixTuning(length=P, dropout=0.5)
+    model, data = adapted("llama", method), data_of("llama", rows=1)
+    same = {key: value.repeat(4, 1) for key, value in data.items()}
+    plain = adapted("llama", graft.PrefixTuning(length=P))
+    close(model(**data).logits, plain(**data).logits)
+    model.adapters.train()
+    logits = model(**same).logits
+    assert len(logits[:, -1].unique(dim=0)) == 4
+    model.adapters["a"].shared.table.data.zero_()  # what is dropped is only ever scaled or zero
+    close(model(**same).logits[0], model(**same).logits[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"init": "words"}, "init is one of random, text"),
+        ({"init": "text"}, "go together"),
+        ({"text": "four words"}, "go together"),
+        ({"init": "text", "text": "four words", "hidden": 4}, "leave hidden out"),
+        ({"init": "text", "text": "four words"}, "needs tokenizer"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_bad_starts(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(graft.ConfigError, match=match):
+        graft.attach(tiny("llama"), graft.PrefixTuning(**settings))
+
+
+def test_words_have_no_aliased_form() -> None:
+    with pytest.raises(graft.SiteError, match="rows of its own"):
+        graft.attach(tiny("bart"), of_words(), peft_compat=True)
+    method = of_words(length=3)
+    assert method.to_dict() == {"method": "prefix_tuning", "length": 3, "init": "text", "text": "four words"}
 
 
 # ------------------------------------------------------------------------------------------------------------- peft

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import graft.methods  # noqa: F401  fills the registry
+from examples import instances
 from graft.errors import ConfigError
 from graft.method import REGISTRY, from_dict
 from graft.methods.lora import LoRA
@@ -52,9 +53,8 @@ def test_method_by_name_and_short_form(file: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_resolved_settings_give_the_same_run(name: str) -> None:
-    needed = {"count": 1} if name == "top_layers" else {}
     chosen = {"layers": {"range": [0, 2, 1]}} if name in ("lora", "ia3") else {}
-    method = from_dict({"method": name, **needed, **chosen})
+    method = from_dict({**instances(name, "llama")[0].to_dict(), **chosen})
     run = make_run({"base": "b", "data": {"train": "t"}, "output": "o", "method": method.to_dict()})
     assert run.method == method
     assert make_run(yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json")))) == run
@@ -87,6 +87,14 @@ def test_resolved_settings_give_the_same_run(name: str) -> None:
         ("data.eval_limit=5", "data.eval_limit: it needs data.eval"),
         ("data.eval_split=test", "data.eval_split: it needs data.eval"),
         ("data.eval_columns={prompt: q}", "data.eval_columns: it needs data.eval"),
+        (
+            "data={train: a, eval: 0.1, eval_split: test}",
+            "data.eval_split: data.eval is a share .*; leave eval_split out",
+        ),
+        (
+            "data={train: a, eval: 0.1, eval_columns: {prompt: q}}",
+            "data.eval_columns: data.eval is a share .* by data.columns; leave eval_columns out",
+        ),
         ("base.x=1", "base has no keys of its own"),
         ("train.lr", "expected key=value"),
         ("train.lr=[", "not valid YAML"),

@@ -271,6 +271,17 @@ def test_one_label_is_no_classification(settings: Settings, tmp_path: Path) -> N
         quiet(settings("bert", data=data))
 
 
+def test_an_encoder_decoder_classifies_by_its_end_token(
+    settings: Settings, sources: dict[str, str], tmp_path: Path
+) -> None:
+    data = {"train": sources["labels"], "eval": 0.25, "template": {"mode": "classification"}}
+    with pytest.raises(DataError, match=r"labels\.jsonl row \d+: no end token <\|end\|>") as caught:
+        quiet(settings("t5", data=data))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    data["template"] = {"mode": "classification", "templates": ["{text}<|end|>"]}
+    assert "eval_accuracy" in quiet(settings("t5", data=data, train={"max_steps": 1})).metrics
+
+
 def test_two_processes_on_one_folder(settings: Settings, tmp_path: Path) -> None:
     run = settings()
     (tmp_path / "run").mkdir()

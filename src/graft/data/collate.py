@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from graft.data.encode import IGNORED, Example
+from graft.data.encode import Example
 from graft.data.order import LengthGrouped, bins, order, packed_order
 from graft.errors import ConfigError, DataError, GraftError
+from graft.ids import IGNORED, SLOT
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Collator",
     "LengthGrouped",
     "bins",
+    "check_ends",
     "check_packing",
     "flatten",
     "order",
@@ -40,7 +42,14 @@ def truncate(example: Example, max_length: int, mode: str = "causal") -> Example
     """The example cut at its end to `max_length` tokens; an encoder-decoder's input and target are cut each for itself.
 
     A classifier's text keeps its last special token ([SEP]).
+
+    Raises:
+        DataError: pseudo-tokens stand where it would be cut.
     """
+    if SLOT in example.input_ids[max_length - (mode == "classification") :]:
+        raise DataError(
+            f"{example.row.where}: cut to {max_length} tokens it would lose pseudo-tokens; raise data.max_length"
+        )
     if mode == "seq2seq":
         return dataclasses.replace(
             example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length]
@@ -52,6 +61,30 @@ def truncate(example: Example, max_length: int, mode: str = "causal") -> Example
         ids = [*example.input_ids[: max_length - 1], example.input_ids[-1]]
         return dataclasses.replace(example, input_ids=ids, token_type_ids=types)
     return dataclasses.replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+
+
+def check_ends(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse rows that an encoder-decoder cannot classify: it reads the last end token, and needs as many in each row.
+
+    Raises:
+        DataError: a row without an end token, or with more of them than another.
+    """
+    end = config.eos_token_id
+    if not config.is_encoder_decoder or not examples or end is None:
+        return
+    counts = [example.input_ids.count(end) for example in examples]
+    least, token = min(counts), tokenizer.decode([end])
+    for example, count in zip(examples, counts, strict=True):
+        if count == 0:
+            raise DataError(
+                f"{example.row.where}: no end token {token}, by which an encoder-decoder classifies; take the "
+                f"tokenizer that belongs to the base, or write it with data.template.templates: ['{{text}}{token}']"
+            )
+        if count > max(least, 1):
+            raise DataError(
+                f"{example.row.where}: {count} end tokens {token}, another row has {least}, and an encoder-decoder "
+                "classifies by as many in each; remove them from the text, or raise data.max_length if rows are cut"
+            )
 
 
 def pad(

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graft.data.encode import IGNORED, Example
+from graft.data.encode import Example, text_of
 from graft.data.rows import Row
 from graft.errors import DataError
+from graft.ids import IGNORED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -283,15 +284,15 @@ def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 def _runs(example: Example, tokenizer: PreTrainedTokenizerBase, mode: str) -> tuple[Run, ...]:
     """The example as (text, trained) runs."""
     if mode == "classification":
-        return (tokenizer.decode(example.input_ids), False), (str(example.row.label), True)
+        return (text_of(example.input_ids, tokenizer), False), (str(example.row.label), True)
     if mode == "seq2seq":
-        return (tokenizer.decode(example.input_ids), False), (tokenizer.decode(example.labels), True)
+        return (text_of(example.input_ids, tokenizer), False), (tokenizer.decode(example.labels), True)
     runs: list[tuple[list[int], bool]] = []
     for token, label in zip(example.input_ids, example.labels, strict=True):
         if not runs or runs[-1][1] != (label != IGNORED):
             runs.append(([], label != IGNORED))
         runs[-1][0].append(token)
-    return tuple((tokenizer.decode(ids), trained) for ids, trained in runs)
+    return tuple((text_of(ids, tokenizer), trained) for ids, trained in runs)
 
 
 def _listed(rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Text with labels to instructions: several prompts for each task, chosen row by row, and words for the labels.
 
-A prompt is text with `{column}` placeholders; any column of the row may stand there, under its own name or ours. Which
-prompt a row gets is a hash of the seed and the row's number, so it is the same in every run and on every machine.
+A prompt is text with `{column}` placeholders; any column of the row may stand there, under its own name or ours.
+`{slots:n}` stands for n pseudo-tokens, whose embeddings a soft prompt gives; every prompt has as many. Which prompt a
+row gets is a hash of the seed and the row's number, so it is the same in every run and on every machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from graft.data.read import near
 from graft.data.rows import Row
 from graft.errors import ConfigError, DataError
 
+MARK = "\ufdd0"
+"""Stands for a pseudo-token in rendered text; Unicode keeps this code for such a use and gives it to no character."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -27,8 +31,15 @@ class Task:
     def __post_init__(self) -> None:
         if not self.templates:
             raise ConfigError("template templates: give at least one prompt, for example 'Review: {text}\\nSentiment:'")
-        for template in self.templates:
-            _pieces(template)
+        counts = [_slots(template) for template in self.templates]
+        for template, count in zip(self.templates, counts, strict=True):
+            if count != counts[0]:
+                raise ConfigError(f"template {template!r}: {count} pseudo-tokens, the first template has {counts[0]}")
+
+    @property
+    def slots(self) -> int:
+        """How many pseudo-tokens each prompt has."""
+        return _slots(self.templates[0])
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -63,24 +74,39 @@ class Task:
         return row.label
 
 
-def _pieces(template: str) -> list[tuple[str, str | None]]:
-    """(text, placeholder after it) pairs of a prompt."""
+def _pieces(template: str) -> list[tuple[str, str | int | None]]:
+    """(text, placeholder after it) pairs of a prompt; a number stands for so many pseudo-tokens."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigError(f"template {template!r}: {error}; write {{column}}, and {{{{ or }}}} for a brace") from None
-    for _, name, spec, conversion in parsed:
-        if name == "" or spec or conversion:
-            raise ConfigError(f"template {template!r}: a placeholder is only the name of a column, such as {{text}}")
-    return [(text, name) for text, name, _, _ in parsed]
+    pieces: list[tuple[str, str | int | None]] = []
+    for text, name, spec, conversion in parsed:
+        if name == "slots" and spec and spec.isdecimal() and int(spec) and not conversion:
+            pieces.append((text, int(spec)))
+        elif name == "" or spec or conversion:
+            raise ConfigError(
+                f"template {template!r}: a placeholder is only the name of a column, such as {{text}}, or {{slots:3}} "
+                "for 3 pseudo-tokens"
+            )
+        else:
+            pieces.append((text, name))
+    return pieces
+
+
+def _slots(template: str) -> int:
+    return sum(piece for _, piece in _pieces(template) if isinstance(piece, int))
 
 
 def fill(template: str, row: Row) -> str:
-    """The prompt with the row's columns in place of their names."""
+    """The prompt with the row's columns in place of their names, and a `MARK` for each pseudo-token."""
     parts = []
     for text, name in _pieces(template):
         parts.append(text)
         if name is None:
+            continue
+        if isinstance(name, int):
+            parts.append(MARK * name)
             continue
         if name not in row.fields:
             there = ", ".join(map(str, row.fields)) or "none"

@@ -8,8 +8,9 @@
 | alpaca | Stanford Alpaca's two texts, with and without input |
 
 `task` or `templates` and `verbalizer` write the prompt and the answer first (text with labels needs them), then the
-kind frames them. Outside chat, one space parts prompt and completion unless either has white space there, or
-`separator` says what does. Plain text rows are trained whole, whatever the kind.
+kind frames them; `templates` also place pseudo-tokens, and write the text of a classifier. Outside chat, one space
+parts prompt and completion unless either has white space there, or `separator` says what does. Plain text rows are
+trained whole, whatever the kind.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from graft.data.encode import (
     classifier_examples,
     prompt_ids,
     seq2seq_examples,
+    whole_ids,
 )
 from graft.data.read import near
 from graft.data.rows import Message, Row, label_names
-from graft.data.tasks import TASKS, Task, task_for
+from graft.data.tasks import MARK, TASKS, Task, task_for
 from graft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -104,8 +106,18 @@ class Template:
                 raise ConfigError(f"template {name} '{value}' is unknown{near(value, known)}; use {', '.join(known)}")
         if self.mode != "causal" and self.train_on == "all":
             raise ConfigError(f"template train_on 'all' has no meaning in mode '{self.mode}'; use 'completion'")
+        if self.mode == "classification" and self.kind not in ("chat", "plain"):
+            raise ConfigError(
+                f"template kind: '{self.kind}' has no meaning with mode 'classification', whose head reads the text as "
+                "it is; leave kind out"
+            )
         for name, where in self._ignored().items():
             raise ConfigError(f"template {name}: it has no meaning with {where}; leave {name} out")
+        if self.mode == "classification" and self.task is not None and self.task.verbalizer:
+            raise ConfigError(
+                "template task and verbalizer: they have no meaning with mode 'classification', whose labels have no "
+                "words; give templates alone"
+            )
 
     def _ignored(self) -> dict[str, str]:
         """Each setting that is given and would do nothing, and the setting beside it that makes it so."""
@@ -155,6 +167,11 @@ class Template:
             changes["chat_template"] = chat.template_text(tokenizer)
         return dataclasses.replace(self, **changes)
 
+    @property
+    def slots(self) -> int:
+        """How many pseudo-tokens `{slots:n}` puts into each prompt; 0: a soft prompt stands in front."""
+        return 0 if self.task is None else self.task.slots
+
     # Text -------------------------------------------------------------------------------------------------------
 
     def render_prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -166,14 +183,16 @@ class Template:
         if self.kind == "chat":
             messages = self._messages(row)
             asked = messages[:-1] if messages[-1].role == "assistant" else messages
-            return chat.render(asked, self._tokenizer(tokenizer), self.chat_template, row.where, prompt=True)
-        return self._frame(row)
+            text = chat.render(asked, self._tokenizer(tokenizer), self.chat_template, row.where, prompt=True)
+        else:
+            text = self._frame(row)
+        return self._marked(text, row)
 
     def prompt_ids(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens that generation starts from: the very ones that training showed before the completion."""
         text = self.render_prompt(row, tokenizer)
         if self.mode == "seq2seq":
-            return list(tokenizer(text, verbose=False).input_ids)
+            return whole_ids([text], tokenizer)[0]
         return prompt_ids(text, tokenizer, begin=self.kind != "chat")
 
     def answer(self, row: Row) -> str:
@@ -193,11 +212,14 @@ class Template:
     def examples(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Rows to token ids and labels; nothing is cut here (see `collate.truncate`)."""
         if self.mode == "classification":
-            return classifier_examples(rows, [self.label_number(row) for row in rows], tokenizer)
+            texts = None if self.task is None else [self._marked(self.task.prompt(row, self.seed), row) for row in rows]
+            return classifier_examples(rows, [self.label_number(row) for row in rows], tokenizer, texts)
         if self.mode == "seq2seq":
             prompts = [self.render_prompt(row, tokenizer) for row in rows]
             return seq2seq_examples(rows, prompts, [self.answer(row) for row in rows], tokenizer)
         rendered = [self.render(row, tokenizer) for row in rows]
+        for row, item in zip(rows, rendered, strict=True):
+            self._marked(item.text, row)
         return causal_examples(rows, rendered, tokenizer, everything=self.train_on == "all")
 
     def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -223,6 +245,15 @@ class Template:
         prompt, answer = self._frame(row), self.answer(row)
         text = prompt + self._between(prompt, answer) + answer
         return Rendered(text, ((len(prompt), len(text)),), begin=True)
+
+    def _marked(self, text: str, row: Row) -> str:
+        """The text, if it has exactly the template's pseudo-tokens."""
+        if (found := text.count(MARK)) != self.slots:
+            raise DataError(
+                f"{row.where}: {found} pseudo-tokens in its text, the template has {self.slots}; U+FDD0 stands for "
+                "one: remove it from the row, and let the chat template keep each"
+            )
+        return text
 
     def _messages(self, row: Row) -> tuple[Message, ...]:
         """The row as a conversation; a system message is put in front if the row has none."""

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from graft.adapt import route, use
 from graft.bank import Bank
-from graft.base import context_length
+from graft.base import context_length, made_new
 from graft.errors import ConfigError, DataError, RouteError
 from graft.routes import entry_of
 
 BASE_LABEL = "base"
+RANDOM_LABEL = f"{BASE_LABEL} (random head)"
+"""What results of a classifier call a base whose checkpoint has no head for it."""
 
 Progress = Callable[[str, int, int], None]
 """Told what runs, and how many of how many rows (each once for each entry) are done."""
@@ -43,6 +45,11 @@ def labels_of(entries: Sequence[Any]) -> list[str]:
     if twice is not None:
         raise ConfigError(f"entries: two of them are called {twice!r}; name each once, and no adapter {BASE_LABEL!r}")
     return labels
+
+
+def random_head(model: Any) -> bool:
+    """Whether the bare base answers with a head that its checkpoint lacks, so that what it answers says nothing."""
+    return bool(made_new(model))
 
 
 def bank_or_none(model: nn.Module) -> Bank | None:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from graft import roles
 from graft.adapt import prepare
 from graft.data.collate import pad_id
+from graft.data.encode import without_slots
 from graft.data.rows import Row
 from graft.data.template import Template
 from graft.errors import ConfigError
@@ -31,6 +32,7 @@ from graft.evaluate.batches import (
     quiet,
     routed,
 )
+from graft.routes import entry_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ def answer_ids(
     """
     check_generates(model)
     encoder_decoder = roles.is_encoder_decoder(model)
+    prompts = [p if entry_of(entry) else without_slots(p) for p, entry in zip(prompts, entries, strict=True)]
     width = max(map(len, prompts))
     fill = pad_id(tokenizer)
     ids, mask = [], []

@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from graft import files_disk, roles
-from graft.base import load_base, load_config, load_tokenizer
+from graft.base import load_base, load_tokenizer
 from graft.data.collate import pad_id
 from graft.data.template import APPLIES, Template
 from graft.errors import ConfigError
-from graft.evaluate.batches import BASE_LABEL
+from graft.evaluate.batches import BASE_LABEL, random_head
 from graft.files import load, read_card
 
 HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
@@ -61,7 +61,7 @@ def open_base(base: str, adapters: Mapping[str, str], *, precision: str = "auto"
     fallback = default_template(model, tokenizer)
     templates: dict[str | None, Template] = {name: template or fallback for name, template in stored.items()}
     templates = {None: next(iter(templates.values()), fallback), **templates}
-    return Opened(model, tokenizer, templates, notes, labels is not None and not _has_head(base, labels))
+    return Opened(model, tokenizer, templates, notes, random_head(model))
 
 
 def template_of(folder: str) -> Template | None:
@@ -90,13 +90,6 @@ def with_kind(template: Template, kind: str) -> Template:
         if settings["kind"] not in places.get("kind", (settings["kind"],)):
             del settings[name]
     return dataclasses.replace(Template.from_dict(settings), task=template.task)
-
-
-def _has_head(base: str, labels: int) -> bool:
-    """Whether the checkpoint says that it is a sequence classifier with so many outputs."""
-    config = load_config(base)
-    named = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    return named and config.num_labels == labels
 
 
 def _label_names(model: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from graft.data.template import Template
 from graft.errors import ConfigError, DataError
 from graft.evaluate import metrics as measures
 from graft.evaluate import score
-from graft.evaluate.batches import Progress, labels_of
+from graft.evaluate.batches import BASE_LABEL, RANDOM_LABEL, Progress, labels_of, random_head
 from graft.evaluate.generate import Decoding, generate, templates_of
 
 Scores = dict[str, dict[str, float]]
@@ -98,6 +98,8 @@ def evaluate(
     max_new_tokens: int = 128,
 ) -> Scores:
     """The metrics of each entry, for example {"base": {"bleu": 0.2}, "e2e": {"bleu": 59.9}}.
+
+    A classifier's base without a trained head of its own is called "base (random head)".
 
     Args:
         rows: rows with answers or labels; BLEU, ROUGE-L and exact match take all references of a row.
@@ -211,7 +213,9 @@ def _classify(
     found = score.class_scores(model, tokenizer, examples, entries, batch_size=batch_size, cut=cut, progress=progress)
     scores: Scores = {}
     answers: dict[str, list[str]] = {}
-    for label, template, scores_NC in zip(labels_of(entries), templates, found, strict=True):
+    named = {BASE_LABEL: RANDOM_LABEL} if random_head(model) else {}
+    labels = [named.get(label, label) for label in labels_of(entries)]
+    for label, template, scores_NC in zip(labels, templates, found, strict=True):
         names = template.label_names
         numbers = [template.label_number(row) for row in rows]
         if scores_NC.shape[1] != len(names):

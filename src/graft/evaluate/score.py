@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from graft.adapt import prepare
-from graft.data.collate import pad, truncate
-from graft.data.encode import IGNORED, Example
+from graft.data.collate import check_ends, pad, truncate
+from graft.data.encode import Example, without_slots
 from graft.data.rows import Row, label_names
 from graft.data.template import Template
 from graft.evaluate.batches import (
@@ -31,6 +31,8 @@ from graft.evaluate.batches import (
     quiet,
     routed,
 )
+from graft.ids import IGNORED, SLOT
+from graft.routes import entry_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ def class_scores(
     cut: bool = False,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """The log-probabilities (rows, C) of a classification head, for each entry."""
+    """The log-probabilities (rows, C) of a classification head, for each entry.
+
+    Raises:
+        DataError: a row longer than the context, or one that an encoder-decoder cannot classify (see `check_ends`).
+    """
+    check_ends([example for row in examples for example in row], tokenizer, model.config)
     found: list[list[Tensor]] = [[torch.empty(0)] * len(examples) for _ in entries]
     rows = _forward(model, tokenizer, examples, entries, "classification", batch_size, cut, progress)
     for number, i, logits_C, _ in rows:
@@ -168,7 +175,8 @@ def _forward(
     """Yield (row, entry, logits, labels) of every row and entry: (T, V) and (T,), or (C,) and () of a classifier."""
     limit = context_of(model, tokenizer)
     done = 0
-    fitted = [[_fitted(example, limit, mode, cut) for example in row] for row in examples]
+    read = [[_read_by(e, entry) for e, entry in zip(row, entries, strict=True)] for row in examples]
+    fitted = [[_fitted(example, limit, mode, cut) for example in row] for row in read]
     with quiet(model):
         for together in passes(model, entries):
             for numbers in by_length([max(map(len, row)) for row in fitted], batch_size):
@@ -194,6 +202,17 @@ def _logits(model: Any, batch: dict[str, Any], entries: Sequence[Any], mode: str
             del batch["labels"]
         out = model(**batch) if mode == "classification" else model(**batch, use_cache=False)
         return out.logits, labels
+
+
+def _read_by(example: Example, entry: Any) -> Example:
+    """The example as an entry reads it: the base has no pseudo-tokens."""
+    if entry_of(entry) or SLOT not in example.input_ids:
+        return example
+    ids, labels, types = example.input_ids, example.labels, example.token_type_ids
+    if len(labels) == len(ids):
+        labels = [label for label, token in zip(labels, ids, strict=True) if token != SLOT]
+    ids = without_slots(ids)
+    return dataclasses.replace(example, input_ids=ids, labels=labels, token_type_ids=types and types[: len(ids)])
 
 
 def _fitted(example: Example, limit: int | None, mode: str, cut: bool) -> Example:

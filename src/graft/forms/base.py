@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
 from graft.method import CopyDelta, Delta, Method
@@ -37,12 +37,21 @@ class Unheld(Exception):
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a folder: its shape, where values come from and go to; optional ones are not written."""
+    """One tensor of a folder: its shape, where values come from and go to.
+
+    A file may lack an optional one, and it is only written if it is `expected` by peft.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     fill: Callable[[Tensor], Any]
     optional: bool = False
+    expected: bool = False
+
+    @property
+    def written(self) -> bool:
+        """Whether saving writes it."""
+        return self.expected or not self.optional
 
 
 class Form:

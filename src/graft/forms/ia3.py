@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
 from graft.forms.base import LINEAR, Config, Form, Slot, Unheld, plain, whole

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from graft import roles
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
 from graft.forms.base import Config, Slot, Unheld
 from graft.forms.virtual import FIELDS, VirtualForm, length_of, virtual
 from graft.method import Delta, Method
+from graft.methods.p_tuning_v2 import PTuningV2
 from graft.methods.prefix import PrefixDelta, PrefixTable, PrefixTuning
 
 ALIASED = (
@@ -33,7 +34,7 @@ class PrefixForm(VirtualForm):
 
     kind = "PREFIX_TUNING"
     fields = FIELDS | {"encoder_hidden_size", "prefix_projection", "init_weights", "modules_to_save"}
-    methods = (PrefixTuning,)
+    methods = (PrefixTuning, PTuningV2)
 
     def read(self, config: Config, model: nn.Module | None) -> Method:
         length, kept = length_of(config, model), targets.kept(config, model)

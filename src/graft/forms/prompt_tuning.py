@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from graft import hooks
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
 from graft.forms.base import Config, Slot, Unheld
@@ -52,7 +52,9 @@ class PromptForm(VirtualForm):
         return {"prompt_tuning_init": "RANDOM"} | virtual(model, config, method.length, width)
 
     def slots(self, model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
-        return super().slots(model, adapter, config) | {"prompt_embeddings": prompt_slot(model, adapter, config)}
+        delta = next(delta for _, delta in adapter.items() if isinstance(delta, PromptDelta))
+        slot = prompt_slot(model, config, delta.length, lambda: delta.prompt, delta.prompt)
+        return super().slots(model, adapter, config) | {"prompt_embeddings": slot}
 
     def of_delta(self, delta: Delta) -> dict[str, Slot]:
         assert isinstance(delta, PromptDelta), type(delta)

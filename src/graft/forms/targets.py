@@ -6,7 +6,7 @@ Where our words for them would choose other modules, the method names the module
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -51,8 +51,13 @@ def names_of(value: Any) -> tuple[str, ...] | str:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def places(config: Config, model: nn.Module | None) -> dict[str, Any]:
-    """`targets`, `exclude`, `layers`, `head` and `modules_to_save` of a method: peft's own choice, exactly."""
+def places(
+    config: Config, model: nn.Module | None, among: Callable[[nn.Module, Config], set[str]] | None = None
+) -> dict[str, Any]:
+    """`targets`, `exclude`, `layers`, `head` and `modules_to_save` of a method: peft's own choice, exactly.
+
+    `among` gives the paths that peft adapts; `targeted` by default.
+    """
     names: Any = config.get("target_modules")
     layers: Any = config.get("layers_to_transform")
     if config.get("layers_pattern"):
@@ -64,7 +69,7 @@ def places(config: Config, model: nn.Module | None) -> dict[str, Any]:
         out["exclude"] = names_of(config["exclude_modules"])
     if model is None:
         return out if names is None else out | {"targets": names_of(names)}
-    wanted = targeted(model, config)
+    wanted = (among or targeted)(model, config)
     found: set[str] = set()
     try:
         chosen = roles.select(model, names_of(names), exclude=out.get("exclude", ()), layers=out.get("layers"))

@@ -5,16 +5,15 @@ Shape legend: P virtual tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from graft import roles
-from graft.bank import Adapter
 from graft.errors import AdapterFileError
 from graft.forms.base import Config, Form, Slot, Unheld
 from graft.forms.targets import HEADS, value_of
-from graft.methods.prompt import PromptDelta
 
 FIELDS = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads"}
 
@@ -65,19 +64,25 @@ def virtual(
     }
 
 
-def prompt_slot(model: nn.Module, adapter: Adapter, config: Config) -> Slot:
-    """peft's (P * stacks, D) rows, of which the first P act; where we hold P alone, the others are zero."""
-    stacks = config.get("num_transformer_submodules") or (2 if roles.is_encoder_decoder(model) else 1)
-    delta = next(delta for _, delta in adapter.items() if isinstance(delta, PromptDelta))
-    rows, width = delta.length * stacks, delta.prompt.shape[1]
+def prompt_slot(model: nn.Module, config: Config, length: int, read: Callable[[], Tensor], table: Any) -> Slot:
+    """peft's (P * stacks, D) rows, of which the first P act; where we hold P alone, the others are zero.
 
-    def read() -> Tensor:
-        full = delta.prompt.new_zeros(rows, width)
-        full[: len(delta.prompt)] = delta.prompt[:rows]
+    Args:
+        length: P.
+        read: gives the rows, (P, D) or (2P, D).
+        table: the parameter that takes them, of the same shape; None while an encoder makes them.
+    """
+    stacks = config.get("num_transformer_submodules") or (2 if roles.is_encoder_decoder(model) else 1)
+    shape = (length * stacks, read().shape[1])
+
+    def padded() -> Tensor:
+        rows = read()
+        full = rows.new_zeros(shape)
+        full[: len(rows)] = rows[: len(full)]
         return full
 
     def fill(new: Tensor) -> None:
-        delta.prompt.data.zero_()
-        delta.prompt.data[: len(new)].copy_(new[: len(delta.prompt)])
+        table.data.zero_()
+        table.data[: len(new)].copy_(new[: len(table)])
 
-    return Slot((rows, width), read, fill)
+    return Slot(shape, padded, fill)

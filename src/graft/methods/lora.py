@@ -6,12 +6,17 @@ Linear and Conv1D: A (r, I) from U(-1/sqrt(I), 1/sqrt(I)), B (O, r) zero. Embedd
 N(0, 1), y = E[x] + s * A^T[x] B^T. A fused qkv of which only some parts are asked has one pair per part: A (n r, I),
 and B's blocks write to the rows of their part alone (microsoft/LoRA's MergedLinear); peft has one pair for the whole.
 
+A start that is not zero (`lora_init`: PiSSA, OLoRA, LoRA-GA) is taken off again, so the base stays as it is:
+
+    y = W x + b + s * (B A dropout(x) - B0 A0 x),   B A - B0 A0 = [B - B0, B0] [A; A - A0], the pair that is saved
+
 Shape legend: N rows, T tokens, I in, O out, R rank, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,11 +27,13 @@ from torch.nn import functional as F
 from graft import roles, vocabulary
 from graft.errors import ConfigError, SiteError
 from graft.method import Build, Delta, Method, inside, parameter
+from graft.methods import lora_init
 from graft.roles import Site
 from graft.weights import is_embedding, is_linear
 
 BIASES = ("none", "all", "lora_only")
-INITS = ("kaiming", "gaussian", "random")
+FAST = ("B", "B_bias", "bias", "magnitude")
+"""Parameters that `b_ratio` is for."""
 STACK_FROM = 3
 """Groups in a batch from which stacked products are taken instead of a loop over the groups."""
 
@@ -45,7 +52,10 @@ class LoRA(Method):
         bias: "none", "lora_only" (biases of the targets train too) or "all" (every bias of the model).
         lora_bias: a bias on B, starting at zero.
         rank_pattern, alpha_pattern: module-name regex to rank or alpha; the first that matches counts.
-        init: "kaiming", "gaussian" (A from N(0, 1/r)), or "random" (B too; for tests).
+        init: "kaiming", "gaussian" (A from N(0, 1/r)), or "random" (B too; for tests). From the weights: "pissa",
+            "pissa_niter_<k>" (faster, randomised), "olora", "orthogonal". From data: "lora_ga", "eva"; see `start`.
+        init_options: of lora_ga: batches (8) and gamma (16); of eva: batches (16 at most), rho (2), tau (0.99).
+        b_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B and all vectors learn at b_ratio times the rate of A.
 
     Raises:
         ConfigError: a value out of range.
@@ -62,6 +72,8 @@ class LoRA(Method):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init: str = "kaiming"
+    init_options: dict[str, float] = field(default_factory=dict)
+    b_ratio: float = 1.0
 
     name: ClassVar[str] = "lora"
     place: ClassVar[str] = "linear"
@@ -79,8 +91,13 @@ class LoRA(Method):
             raise ConfigError(f"LoRA: dropout must be in [0, 1), not {self.dropout}")
         if self.bias not in BIASES:
             raise ConfigError(f"LoRA: bias is one of {', '.join(BIASES)}, not {self.bias!r}")
-        if self.init not in INITS:
-            raise ConfigError(f"LoRA: init is one of {', '.join(INITS)}, not {self.init!r}")
+        ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
+        lora_init.check(type(self).__name__, self.init, self.init_options, ranks, alphas)
+        if not 0 < self.b_ratio < math.inf:
+            raise ConfigError(f"{type(self).__name__}: b_ratio must be a positive number, not {self.b_ratio}")
+
+    def rate(self, name: str) -> float:
+        return self.b_ratio if name.rpartition(".")[2] in FAST else 1.0
 
     def sites(self, build: Build) -> list[Site]:
         found = super().sites(build)
@@ -97,12 +114,41 @@ class LoRA(Method):
         if is_embedding(site.module):
             if self.lora_bias:
                 raise ConfigError(f"LoRA: lora_bias cannot be used on the embedding {site.path}; exclude it")
-            return EmbeddingLoRADelta(site, rank, scale, self.init)
+            if self.init not in lora_init.RANDOM:
+                raise ConfigError(f"LoRA: init={self.init!r} has no form for the embedding {site.path}; exclude it")
+            return self.on_embedding(site, rank, scale)
         if not is_linear(site.module):
             raise SiteError(f"{site.path}: LoRA acts on linears and embeddings, not {type(site.module).__name__}")
         parts = () if build.peft_compat else roles.parts_asked(site, self.targets)
         rows = [roles.part_rows(site, part, _config(build)) for part in parts]
+        return self.on_linear(site, rank, scale, rows)
+
+    def on_linear(self, site: Site, rank: int, scale: float, rows: list[Tensor]) -> Delta:
+        """The delta of a linear; `rows` are the rows of each asked part of a fused one, none for the whole."""
         return LoRADelta(site, self, rank, scale, rows)
+
+    def on_embedding(self, site: Site, rank: int, scale: float) -> Delta:
+        """The delta of an embedding."""
+        return EmbeddingLoRADelta(site, rank, scale, self.init)
+
+    def wants_batches(self) -> int:
+        return int((lora_init.OPTIONS.get(self.init, {}) | self.init_options).get("batches", 0))
+
+    def start(self, model: nn.Module, adapter: Any, batches: Sequence[dict[str, Any]]) -> None:
+        """Let `lora_ga` or `eva` make the pairs from training batches (inputs with labels); the base stays as it is.
+
+        Raises:
+            ConfigError: no batches, or none with a loss.
+            SiteError: a site that the batches do not reach, or a rank that is too high for it.
+        """
+        lora_init.start(self, model, adapter, batches)
+
+    def begin(self, adapter: Any, steps: int) -> None:
+        lora_init.refuse_waiting(self, adapter)
+
+    def saved_as(self, adapter: Any) -> Method:
+        """LoRA with a start as plain LoRA: rank and alpha for the pair as it is saved, whatever the start was."""
+        return lora_init.saved_as(self, adapter)
 
     def extras(self, build: Build) -> list[tuple[Site, Delta]]:
         if self.bias != "all":
@@ -124,7 +170,13 @@ class LoRA(Method):
 
 
 class LoRADelta(Delta):
-    """The pair of one linear; parameters A (n r, I) and B (O, r), n the number of parts (1 for a whole linear)."""
+    """The pair of one linear; parameters A (n r, I) and B (O, r), n the number of parts (1 for a whole linear).
+
+    A0 and B0 are the start that is taken off again, None where it was zero. `waits`: the pair is to start from data.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, site: Site, method: LoRA, rank: int, scale: float, rows: list[Tensor]) -> None:
         super().__init__()
@@ -142,17 +194,69 @@ class LoRADelta(Delta):
         self.bias = None
         if method.bias != "none" and base is not None:
             self.bias = nn.Parameter(base.detach().clone().float())
+        self.waits = method.init in lora_init.OPTIONS
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
         if method.init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         if method.init == "random":
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+        elif method.init not in lora_init.RANDOM and not self.waits:
+            lora_init.from_base(self, method.init)
+
+    @torch.no_grad()
+    def begin(self, matrix_OI: Tensor, make: Callable[[Tensor, int], lora_init.Pair], *, take_off: bool) -> None:
+        """Start from the pair that `make` gives for a matrix of the weight's shape; for each part from its own rows.
+
+        Args:
+            take_off: subtract the product again, so that the change starts at zero.
+
+        Raises:
+            SiteError: `make` cannot give this rank.
+        """
+        blocks = [matrix_OI[rows.to(matrix_OI.device)] for rows in self.rows] or [matrix_OI]
+        try:
+            pairs = [make(block, self.rank) for block in blocks]
+        except ConfigError as error:
+            raise SiteError(f"{self.site.path}: {error}; take a lower rank, or leave it out") from error
+        self.A.copy_(torch.cat([A for A, _ in pairs]))
+        self.B.copy_(torch.cat([B for _, B in pairs]))
+        if take_off:
+            self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+        self.waits = False
+
+    @torch.no_grad()
+    def turn(self, A_RI: Tensor, scale: float) -> None:
+        """Start from these rows of A and a zero B, at another rank and scale."""
+        self.rank, self.scale = len(A_RI), scale
+        self.A.data = A_RI.to(self.A).repeat(max(1, len(self.rows)), 1)
+        self.B.data = self.B.new_zeros(len(self.B), self.rank)
+        self.waits = False
+
+    def pair(self) -> lora_init.Pair:
+        """A (n k, I) and B (O, k) whose product is the change; k = r, or 2 r if the start is taken off again.
+
+        Both halves are of what has changed since the start, so nothing has to cancel.
+        """
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        parts = max(1, len(self.rows))
+        halves = [A.unflatten(0, (parts, self.rank)) for A in (self.A, self.A - self.A0)]
+        return torch.cat(halves, 1).flatten(0, 1), torch.cat([self.B - self.B0, self.B0], 1)
+
+    def kept(self) -> dict[str, Tensor]:
+        if self.A0 is None:
+            return super().kept()
+        A, B = self.pair()
+        return {key: value for key, value in super().kept().items() if key not in ("A0", "B0")} | {"A": A, "B": B}
 
     def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        x = F.dropout(x_BTI, self.dropout, self.training)
-        down = F.linear(x, self.A.to(x.dtype))
-        up = self._up(down) * self.scale
+        up = self._low_rank(x_BTI)
+        if self.B_bias is not None:
+            up = up + self.B_bias.to(up.dtype)
+        up = up * self.scale
         if self.rows:
             y_BTO = y_BTO.index_add(-1, torch.cat(self.rows).to(up.device), up.to(y_BTO.dtype))
         else:
@@ -161,22 +265,32 @@ class LoRADelta(Delta):
             y_BTO = y_BTO + (self.bias - self.site.module.bias).to(y_BTO.dtype)  # type: ignore[operator]
         return y_BTO
 
-    def _up(self, down: Tensor) -> Tensor:
-        bias = None if self.B_bias is None else self.B_bias.to(down.dtype)
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """B A dropout(x) - B0 A0 x: dropout is for what trains, never for what is taken off the base's own product."""
+        dropped = F.dropout(x, self.dropout, self.training)
+        if self.A0 is not None and self.B0 is not None and self.dropout > 0 and self.training:
+            trained = self._up(F.linear(dropped, self.A.to(x.dtype)), self.B)
+            return trained - self._up(F.linear(x, self.A0.to(x.dtype)), self.B0)
+        A, B = self.pair()
+        return self._up(F.linear(dropped, A.to(x.dtype)), B)
+
+    def _up(self, down: Tensor, B: Tensor | None = None) -> Tensor:
+        B = self.B if B is None else B
         if not self.rows:
-            return F.linear(down, self.B.to(down.dtype), bias)
-        blocks = self.B.to(down.dtype).split([len(rows) for rows in self.rows])
-        up = torch.cat([F.linear(h, B) for h, B in zip(down.split(self.rank, -1), blocks, strict=True)], -1)
-        return up if bias is None else up + bias
+            return F.linear(down, B.to(down.dtype))
+        blocks = B.to(down.dtype).split([len(rows) for rows in self.rows])
+        return torch.cat([F.linear(h, B) for h, B in zip(down.split(B.shape[1], -1), blocks, strict=True)], -1)
 
     def full_B(self) -> Tensor:
-        """B as one (O, n r) matrix: block-diagonal over the parts, zero in the rows of the others."""
+        """B of `pair` as one (O, n k) matrix: block-diagonal over the parts, zero in the rows of the others."""
+        _, B = self.pair()
         if not self.rows:
-            return self.B
-        full = self.B.new_zeros(self.site.out_features, self.A.shape[0])
+            return B
+        width = B.shape[1]
+        full = B.new_zeros(self.site.out_features, len(self.rows) * width)
         at = 0
         for i, rows in enumerate(self.rows):
-            full[rows.to(full.device), i * self.rank : (i + 1) * self.rank] = self.B[at : at + len(rows)]
+            full[rows.to(full.device), i * width : (i + 1) * width] = B[at : at + len(rows)]
             at += len(rows)
         return full
 
@@ -189,12 +303,12 @@ class LoRADelta(Delta):
         )
 
     def weight_delta(self) -> Tensor:
-        return self.scale * (self.full_B().float() @ self.A.float())
+        return self.scale * (self.full_B().float() @ self.pair()[0].float())
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if self.bias is not None or self.B_bias is not None:
             return None
-        return self.A, self.scale * self.full_B()
+        return self.pair()[0], self.scale * self.full_B()
 
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.bias is not None and bias_O is not None:
@@ -209,9 +323,12 @@ class LoRADelta(Delta):
         deltas: list[LoRADelta] = [delta for delta, _, _ in parts]
         if len(parts) < STACK_FROM or x_NTI.dim() != 3 or any(_special(delta) for delta in deltas):
             return None
-        width = max(delta.rank for delta in deltas)
-        A_KRI = torch.stack([F.pad(d.A, (0, 0, 0, width - d.rank)) for d in deltas]).to(x_NTI.dtype)
-        B_KOR = torch.stack([F.pad(d.B * (d.scale * w), (0, width - d.rank)) for d, w, _ in parts]).to(x_NTI.dtype)
+        pairs = [delta.pair() for delta in deltas]
+        factors = [delta.scale * weight for delta, weight, _ in parts]
+        width = max(len(A) for A, _ in pairs)
+        A_KRI = torch.stack([F.pad(A, (0, 0, 0, width - len(A))) for A, _ in pairs]).to(x_NTI.dtype)
+        scaled = [F.pad(factor * B, (0, width - len(A))) for factor, (A, B) in zip(factors, pairs, strict=True)]
+        B_KOR = torch.stack(scaled).to(x_NTI.dtype)
         rows = torch.cat([index for _, _, index in parts])
         owner = torch.cat([torch.full_like(index, k) for k, (_, _, index) in enumerate(parts)])
         down = torch.bmm(x_NTI.index_select(0, rows), A_KRI[owner].transpose(1, 2))

@@ -4,15 +4,17 @@
 
 The rows are used as stored (no rotation), every query sees them, and the real tokens stand at positions P, P+1, ... .
 With `hidden`, rows come from an embedding through Linear(D, hidden), tanh, Linear(hidden, 2 L K d) while training; only
-the result is kept. The table has peft's layout: (P, 2L, K, d) with slot 2l the keys of layer l and 2l+1 its values.
-In encoder-decoders peft hands decoder layer l the slots (4l mod 2L, 4l+1 mod 2L); `peft_compat=True` does so too.
+the result is kept. With `init="text"` they start as the base's own keys and values of real words, which is exactly the
+model with these words in its cache. The table has peft's layout: (P, 2L, K, d) with slot 2l the keys of layer l and
+2l+1 its values. In encoder-decoders peft hands decoder layer l the slots (4l mod 2L, 4l+1 mod 2L); `peft_compat=True`
+does so too.
 
 Shape legend: P virtual tokens, L layers, K key/value heads, D width, d head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +24,10 @@ from torch.nn import functional as F
 from graft import attend, roles
 from graft.errors import ConfigError, SiteError
 from graft.method import AttentionDelta, Build, Delta, Expanded, Method
+from graft.methods.prompt import text_ids
 from graft.roles import Site
 
+INITS = ("random", "text")
 PLACES = ("encoder", "decoder", "cross")
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
@@ -37,6 +41,10 @@ class PrefixTuning(Method):
         hidden: width of the MLP that makes the rows while training; None trains them directly.
         where: which attentions of an encoder-decoder: any of "encoder", "decoder", "cross"; None is the decoder's
             self-attention there, and the only self-attention elsewhere.
+        dropout: on the rows while training, drawn for each row of a batch.
+        init: "random" (normal), or "text": the base's keys and values of `text`, repeated or cut to P tokens.
+        text: the text for `init="text"`.
+        tokenizer: the model's tokenizer, for `init="text"`.
 
     Raises:
         ConfigError: a value out of range.
@@ -46,6 +54,10 @@ class PrefixTuning(Method):
     length: int = 20
     hidden: int | None = None
     where: tuple[str, ...] | str | None = None
+    dropout: float = 0.0
+    init: str = "random"
+    text: str | None = None
+    tokenizer: Any = field(default=None, compare=False, repr=False, metadata={"json": False})
 
     name: ClassVar[str] = "prefix_tuning"
     place: ClassVar[str] = "attention"
@@ -55,11 +67,20 @@ class PrefixTuning(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self).__name__
         if self.length < 1 or (self.hidden is not None and self.hidden < 1):
-            raise ConfigError(f"PrefixTuning: length and hidden must be at least 1, not {self.length}, {self.hidden}")
+            raise ConfigError(f"{name}: length and hidden must be at least 1, not {self.length}, {self.hidden}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{name}: dropout must be in [0, 1), not {self.dropout}")
         unknown = sorted(set(self.places or ()) - set(PLACES))
         if unknown:
-            raise ConfigError(f"PrefixTuning: where names {unknown[0]!r}; known: {', '.join(PLACES)}")
+            raise ConfigError(f"{name}: where names {unknown[0]!r}; known: {', '.join(PLACES)}")
+        if self.init not in INITS:
+            raise ConfigError(f"{name}: init is one of {', '.join(INITS)}, not {self.init!r}")
+        if bool(self.text) != (self.init == "text"):
+            raise ConfigError(f"{name}: init='text' and text=... go together")
+        if self.init == "text" and self.hidden is not None:
+            raise ConfigError(f"{name}: init='text' sets the rows themselves; leave hidden out")
 
     @property
     def places(self) -> tuple[str, ...] | None:
@@ -69,7 +90,7 @@ class PrefixTuning(Method):
         model = build.model
         both = roles.is_encoder_decoder(model)
         if self.places is not None and not both:
-            raise SiteError(f"PrefixTuning: where is for encoder-decoders, and {type(model).__name__} is none")
+            raise SiteError(f"{type(self).__name__}: where is for encoder-decoders, and {type(model).__name__} is none")
         wanted = self.places or ("decoder",)
         found = roles.select(model, ("attention",), layers=self.layers)
         if both:
@@ -86,10 +107,17 @@ class PrefixTuning(Method):
         if build.peft_compat and roles.is_encoder_decoder(build.model):
             slots = [2 * i % len(sites) for i in slots]
         width = roles.select(build.model, ("attention.query",))[0].in_features
-        return PrefixTable(self.length, widths, slots, [s.path for s in sites], self.hidden, width, _like(sites[0]))
+        like = next(sites[0].module.parameters())
+        table = PrefixTable(self.length, widths, slots, [s.path for s in sites], self.hidden, width, like)
+        if self.init == "text":
+            if len({*slots}) < len(slots):
+                raise SiteError(f"{type(self).__name__}: init='text' gives each layer rows of its own, peft's form not")
+            table.fill(activations(build.model, text_ids(self), sites))
+        return table
 
     def delta(self, site: Site, build: Build) -> Delta:
-        return PrefixDelta(site, *heads_of(site, build), shift=0 if site.role == "cross_attention" else self.length)
+        shift = 0 if site.role == "cross_attention" else self.length
+        return PrefixDelta(site, *heads_of(site, build), shift=shift, dropout=self.dropout)
 
     def finish(self, shared: nn.Module | None) -> None:
         assert isinstance(shared, PrefixTable)
@@ -144,6 +172,14 @@ class PrefixTable(Expanded):
         assert self.embedding is not None
         return self.outer(torch.tanh(self.inner(self.embedding.weight)))
 
+    @torch.no_grad()
+    def fill(self, rows: dict[str, Tensor]) -> None:
+        """Set the table from the (P, 2 K d) rows of each path."""
+        assert self.table is not None
+        parts = self.table.split(self.widths, -1)
+        for path, slot in self.slot.items():
+            parts[slot].copy_(rows[path])
+
     def drop(self) -> None:
         """Keep the result and forget the MLP."""
         if self.embedding is None:
@@ -157,17 +193,20 @@ class PrefixTable(Expanded):
 class PrefixDelta(AttentionDelta):
     """The prefix of one attention layer; its rows live in the shared table."""
 
-    def __init__(self, site: Site, heads: int, size: int, *, shift: int) -> None:
+    def __init__(self, site: Site, heads: int, size: int, *, shift: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.path = site.path
         self.heads = heads
         self.size = size
         self.shift = shift
+        self.dropout = dropout
 
     def attend(self, call: Any, base: Any) -> tuple[Tensor, Tensor | None]:
         assert isinstance(self.shared, PrefixTable)
         rows = self.shared.rows(self.path).unflatten(-1, (2, self.heads, self.size))
-        return base(attend.prepend(call, rows[:, 0], rows[:, 1]))
+        if self.dropout and self.training:
+            rows = F.dropout(rows.expand(call.key_BKSD.shape[0], *rows.shape), self.dropout)
+        return base(attend.prepend(call, rows[..., 0, :, :], rows[..., 1, :, :]))
 
 
 def heads_of(site: Site, build: Build) -> tuple[int, int]:
@@ -180,8 +219,31 @@ def heads_of(site: Site, build: Build) -> tuple[int, int]:
             return inner.out_features // size, size
         if inner.role.endswith("attention.qkv"):
             return len(roles.part_rows(inner, "key", build.model.config)) // size, size
-    raise SiteError(f"{site.path}: cannot tell its key/value heads; PrefixTuning cannot act there")
+    raise SiteError(f"{site.path}: cannot tell its key/value heads; no prefix can stand there")
 
 
-def _like(site: Site) -> Tensor:
-    return next(site.module.parameters())
+@torch.no_grad()
+def activations(model: nn.Module, ids: list[int], sites: list[Site]) -> dict[str, Tensor]:
+    """The (P, 2 K d) keys and values of the frozen base at each site's path, from one run over P tokens.
+
+    An encoder-decoder reads the tokens on both sides.
+
+    Raises:
+        SiteError: a site's attention did not run.
+    """
+    base: Any = getattr(model, "base_model", model)
+    ids_BT = torch.tensor([ids], device=next(sites[0].module.parameters()).device)
+    inputs = {"input_ids": ids_BT} | ({"decoder_input_ids": ids_BT} if roles.is_encoder_decoder(model) else {})
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with attend.recorded(model) as seen:
+            base(**inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    missed = [site.path for site in sites if site.module not in seen]
+    if missed:
+        raise SiteError(f"{missed[0]}: its attention did not run over the text; take init='random'")
+    pairs = {site.path: seen[site.module] for site in sites}
+    return {path: torch.cat([x[0].transpose(0, 1).flatten(1) for x in pair], -1) for path, pair in pairs.items()}

@@ -90,14 +90,11 @@ class PromptTuning(Method):
         sampled = torch.randperm(count)[: self.length] if count >= self.length else torch.randint(count, (self.length,))
         if self.init == "vocab":
             return weight_VD[sampled.to(weight_VD.device)].float().clone()
-        if self.tokenizer is None:
-            raise ConfigError(f"PromptTuning: init={self.init!r} needs tokenizer=..., the model's tokenizer")
         if self.init == "text":
-            ids = self.tokenizer(self.text, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise ConfigError("PromptTuning: text has no tokens")
-            ids = (ids * (self.length // len(ids) + 1))[: self.length]
+            ids = text_ids(self)
             return weight_VD[torch.tensor(ids, device=weight_VD.device)].float().clone()
+        if self.tokenizer is None:
+            raise ConfigError("PromptTuning: init='labels' needs tokenizer=..., the model's tokenizer")
         rows_PD = weight_VD[sampled.to(weight_VD.device)].float().clone()
         if len(self.labels or ()) > self.length:
             raise ConfigError(f"PromptTuning: {len(self.labels or ())} labels do not fit into length={self.length}")
@@ -121,6 +118,21 @@ class PromptDelta(InputDelta):
 
     def rows_PD(self) -> Tensor:
         return self.prompt[: self.slots]
+
+
+def text_ids(method: Any) -> list[int]:
+    """The token ids of a method's `text`, repeated or cut to its `length`.
+
+    Raises:
+        ConfigError: the method has no tokenizer, or the text no tokens.
+    """
+    name = type(method).__name__
+    if method.tokenizer is None:
+        raise ConfigError(f"{name}: init='text' needs tokenizer=..., the model's tokenizer")
+    ids: list[int] = method.tokenizer(method.text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError(f"{name}: text has no tokens")
+    return (ids * (method.length // len(ids) + 1))[: method.length]
 
 
 def input_embedding(model: nn.Module) -> Site:

@@ -50,7 +50,10 @@ def _method(value: Any) -> Method:
 
     named = str(value.get("method")).replace("-", "_").lower()
     found = next((cls for name, cls in REGISTRY.items() if named in (name, cls.__name__.lower())), Method)
-    return from_dict({key: _typed(found, key, each) for key, each in value.items()})
+    settings = {key: _typed(found, key, each) for key, each in value.items()}
+    if isinstance(settings.get("parts"), list | tuple):
+        settings["parts"] = tuple(_method(part) for part in settings["parts"])
+    return from_dict(settings)
 
 
 def _typed(method: type[Method], key: str, value: Any) -> Any:
@@ -182,6 +185,13 @@ class Run(_Settings):
                         raise ConfigError(
                             f"{part}.{key}: it needs data.eval, a file or a share such as 0.1; or leave it out"
                         )
+        elif not isinstance(self.data.eval, str):
+            for key in ("eval_split", "eval_columns"):
+                if getattr(self.data, key) is not None:
+                    raise ConfigError(
+                        f"data.{key}: data.eval is a share of the training rows, which are read by data."
+                        f"{key.removeprefix('eval_')}; leave {key} out, or give data.eval a source of its own"
+                    )
         return self
 
 

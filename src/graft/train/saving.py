@@ -98,5 +98,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, template: dict[str, 
     files.save(model, name, aside, template=template)
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(aside.iterdir()):
+        if (folder / file.name).is_dir():  # a part of a composed adapter
+            shutil.rmtree(folder / file.name)
         os.replace(file, folder / file.name)
     aside.rmdir()

@@ -15,12 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from graft import base, roles
 from graft.adapt import attach
 from graft.bank import bank_of
-from graft.data.collate import check_packing, pad_id, truncate
+from graft.data.collate import check_ends, check_packing, pad_id, truncate
 from graft.data.report import Limits, Report, report
 from graft.data.rows import Row, hold_out, load_rows
 from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
-from graft.method import CopyDelta
 from graft.train.config import Run
 
 LENGTH = 1024
@@ -50,7 +49,8 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     """Load, render, tokenize and measure the rows of a run; limits are not checked yet.
 
     Raises:
-        DataError, ConfigError: see `load_rows` and `Template`; or a row names an adapter that no training row names.
+        DataError, ConfigError: see `load_rows`, `Template` and `check_ends`; or a row names an adapter that no training
+            row names.
     """
     settings = run.data
     rows, held = _rows(run)
@@ -79,9 +79,12 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     def cut(examples: list[Example]) -> list[Example]:
         return [truncate(example, max_length, mode) for example in examples]
 
+    train, evaluation = cut(train), None if evaluation is None else cut(evaluation)
+    if mode == "classification":
+        check_ends([*train, *(evaluation or ())], tokenizer, config)
     return Data(
-        train=cut(train),
-        evaluation=None if evaluation is None else sorted(cut(evaluation), key=length, reverse=True),
+        train=train,
+        evaluation=None if evaluation is None else sorted(evaluation, key=length, reverse=True),
         template=template,
         report=found,
         hashes=_hashes(run, rows, held),
@@ -116,12 +119,11 @@ def open_model(run: Run, data: Data, tokenizer: PreTrainedTokenizerBase) -> PreT
         model.config.pad_token_id = pad_id(tokenizer)  # decoders find the last token of a row by it
     if run.data.packing:
         check_packing(model)
-    method = run.method
-    if any(field.name == "tokenizer" for field in dataclasses.fields(method)):
-        method = dataclasses.replace(method, tokenizer=tokenizer)
+    method = run.method.with_tokenizer(tokenizer)
     for name in data.names:
         attach(model, method, name, peft_compat=run.peft_compat)
     _check_new(run, data, model)
+    _check_slots(data, model)
     _check_room(run, data, model, tokenizer)
     return model
 
@@ -180,7 +182,7 @@ def _check_new(run: Run, data: Data, model: PreTrainedModel) -> None:
     """What the checkpoint lacks is random: it must train and be saved along, or no other load gives it again."""
     for name in data.names:
         adapter = bank_of(model)[name]
-        whole = [site.path for site, delta in adapter.items() if isinstance(delta, CopyDelta)]
+        whole = [site.path for site, delta in adapter.items() if delta.whole]
         if adapter.selected:
             whole = [head.path for head in roles.task_heads(model)]
         for key in base.made_new(model):
@@ -195,11 +197,27 @@ def _check_new(run: Run, data: Data, model: PreTrainedModel) -> None:
             )
 
 
+def _check_slots(data: Data, model: PreTrainedModel) -> None:
+    """A template that places pseudo-tokens must place all of them."""
+    placed = data.template.slots
+    for name in data.names if placed else ():
+        bank = bank_of(model)
+        method, needed = bank[name].method.name, sum(delta.length for delta in bank.prompts(((name, 1.0),)))
+        if needed == 0:
+            raise ConfigError(f"data.template.templates: {placed} pseudo-tokens, {method} gives none; take them out")
+        if needed != placed:
+            raise ConfigError(
+                f"data.template.templates: {placed} pseudo-tokens, and method.length is {needed} ({method}); make them "
+                "equal, or take them out for slots in front"
+            )
+
+
 def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Slots of soft prompts and prefix rows take positions too."""
     bank = bank_of(model)
     adapters = [bank[name] for name in data.names]
     slots = max(sum(delta.length for delta in bank.prompts(((each.name, 1.0),))) for each in adapters)
+    slots = 0 if data.template.slots else slots  # the rows have them already
     taken = slots + max((shift for each in adapters for shift in each.shift.values()), default=0)
     context = base.context_length(model.config)
     longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])

@@ -19,7 +19,8 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
-from graft.bank import Adapter, bank_of
+from graft.adapter import Adapter
+from graft.bank import bank_of
 from graft.errors import TrainingError
 
 STATE = "training_state.safetensors"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from graft.bank import Adapter
+from graft.adapter import Adapter
 from graft.errors import ConfigError, TrainingError
 from graft.train import state as states
 
@@ -23,15 +23,15 @@ class MethodSteps(TrainerCallback):
         self.model = model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for adapter in states.trained(self.model):
+        for adapter in _trained(self.model):
             adapter.method.begin(adapter, state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for adapter in states.trained(self.model):
+        for adapter in _trained(self.model):
             adapter.method.before_step(adapter, state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for adapter in states.trained(self.model):
+        for adapter in _trained(self.model):
             adapter.method.after_step(adapter, state.global_step, state.max_steps)
 
 
@@ -44,7 +44,7 @@ def start(model: nn.Module, batches: Callable[[int], Sequence[dict[str, Any]]]) 
     Raises:
         ConfigError: batches whose rows go to several adapters.
     """
-    for adapter in states.trained(model):
+    for adapter in _trained(model):
         wanted = adapter.method.wants_batches()
         if not wanted:
             continue
@@ -84,8 +84,10 @@ def rates_of(adapters: Sequence[Adapter]) -> dict[int, float]:
     """The factor on the learning rate for each parameter (by id) that has another one than 1."""
     found: dict[int, float] = {}
     for adapter in adapters:
-        named = [*adapter.named_parameters(), *adapter.selected.items()]
-        found |= {id(p): rate for name, p in named if (rate := adapter.method.rate(name)) != 1.0}
+        for leaf in adapter.leaves:
+            factor = adapter.method.part_rate(leaf.name.rpartition("/")[2]) if adapter.parts else 1.0
+            named = [*leaf.named_parameters(), *leaf.selected.items()]
+            found |= {id(p): rate for name, p in named if (rate := factor * leaf.method.rate(name)) != 1.0}
     return found
 
 
@@ -103,10 +105,14 @@ def refuse_own_optimizer(adapters: Sequence[Adapter]) -> None:
             )
 
 
+def _trained(model: nn.Module) -> list[Adapter]:
+    return [leaf for adapter in states.trained(model) for leaf in adapter.leaves if leaf.trainable]
+
+
 def _own(adapter: Adapter, batch: dict[str, Any]) -> None:
     named = {entry for entry in batch.get("adapter") or () if entry is not None}
     named |= {entry for entry, _ in batch.get("segments") or () if entry is not None}
-    if named - {adapter.name}:
+    if named - {adapter.name.partition("/")[0]}:
         raise ConfigError(
             f"{adapter.method.name}: it starts from data, and the batches have rows of other adapters; train "
             f"{adapter.name!r} alone"

@@ -28,8 +28,10 @@ from graft.adapt import prepare, route
 from graft.bank import bank_of
 from graft.errors import TrainingError
 from graft.method import Delta
+from graft.slots import marked
 from graft.train import state as states
 from graft.train.guards import enough_memory, trains_quantized
+from graft.train.loss import in_fp32, logits_head
 from graft.train.saving import SavingTrainer
 from graft.train.schedule import Schedule
 from graft.train.steps import MethodSteps, by_rate, first_batches, refuse_own_optimizer, start
@@ -86,6 +88,9 @@ class GraftTrainer(SavingTrainer):
         # Of the losses in transformers, those of causal models divide by the count of the whole step; classifiers and
         # encoder-decoders take the argument and ignore it, and Trainer then multiplies their gradients by accumulation.
         self.counts_items = self._loss_shifts_labels or self.compute_loss_func is not None
+        # Those of causal models also upcast the logits, as few others do.
+        upcasts = self._loss_shifts_labels and self.label_smoother is None
+        self.logits_head = None if upcasts else logits_head(model)
         self.takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.current_gradient_accumulation_steps = 1
         self.losses: list[Tensor] = []
@@ -134,7 +139,7 @@ class GraftTrainer(SavingTrainer):
     def with_slots(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the slots of its rows' soft prompts; itself if there are none."""
         bank = bank_of(self.model)
-        if not any(bank.prompts(((name, 1.0),)) for name in bank.names):
+        if not any(bank.prompts(((name, 1.0),)) for name in bank.names) and not marked(batch):
             return batch
         if batch.get("segments") is not None:
             return prepare(self.model, batch, segments=self._segments(batch["segments"]))
@@ -178,7 +183,7 @@ class GraftTrainer(SavingTrainer):
             here = self._get_num_items_in_batch([inputs], self.args.device)
             share = here / num_items_in_batch * world
             num_items_in_batch = None
-        with routing:
+        with routing, in_fp32(self.logits_head):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if share is not None:
             loss = loss * share
