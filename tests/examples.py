@@ -13,7 +13,7 @@ from graft.method import REGISTRY, Method, SelectMethod
 
 SMALL: dict[str, Any] = {"rank": 4, "size": 5, "length": 3, "count": 1, "target_rank": 2}
 EXTRA: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"targets": "all-linear", "rslora": True}],
+    "lora": [{"targets": "all-linear", "rslora": True}, {"init": "pissa"}],
     "dora": [{"targets": "all-linear", "bias": "all"}],
     "bottleneck": [{"kind": "pfeiffer"}, {"kind": "parallel"}],
     "prefix_tuning": [{"hidden": 6}],
@@ -43,7 +43,10 @@ NEEDED: dict[str, dict[str, Any]] = {
 OWN: dict[str, dict[str, Any]] = {"llama_adapter": {"layers": 2}}
 """What an instance of one method needs on models of two layers."""
 _ENCODERS = ("bert", "roberta", "distilbert")
+ALL = ("llama", "gpt2", "gemma2", "mixtral", "bert", "t5", "mt5", "bart", "llama_tied", "mistral", "qwen2", "qwen3")
+ALL += ("gemma3", "phi3", "gpt_neox", "opt", "roberta", "distilbert", "llama_cls", "gpt2_cls")
 CANNOT: dict[str, dict[str, str]] = {
+    "qlora": dict.fromkeys(ALL, "the base is not quantized"),
     "llama_adapter": dict.fromkeys(_ENCODERS, "is an encoder"),
     "long_lora": dict.fromkeys((*_ENCODERS, "t5", "mt5", "bart"), "is no decoder alone"),
     "intrinsic": {"mixtral": "is no linear, embedding or norm"},

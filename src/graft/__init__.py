@@ -36,9 +36,13 @@ if _typing.TYPE_CHECKING:
     from graft.methods.head import Head
     from graft.methods.ia3 import IA3
     from graft.methods.lora import LoRA
+    from graft.methods.lora_fa import LoRAFA
+    from graft.methods.multi_lora import MultiLoRA
     from graft.methods.prefix import PrefixTuning
     from graft.methods.prompt import PromptTuning
+    from graft.methods.tied_lora import TiedLoRA
     from graft.methods.top_layers import TopLayers
+    from graft.methods.vera import VeRA
     from graft.train.trainer import GraftTrainer
 
 __version__ = "0.1.0"
@@ -86,14 +90,18 @@ __all__ = [
     "Head",
     "IA3",
     "LoRA",
+    "LoRAFA",
     "MergeError",
+    "MultiLoRA",
     "PrefixTuning",
     "PromptTuning",
     "RouteError",
     "SLOT",
     "SiteError",
+    "TiedLoRA",
     "TopLayers",
     "TrainingError",
+    "VeRA",
     "attach",
     "combine",
     "describe",

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.errors import ConfigError, RouteError, SiteError
-from graft.method import SCALE, AttentionDelta, CopyDelta, Delta, InputDelta, Method, PositionDelta
+from graft.method import SCALE, AttentionDelta, CopyDelta, Delta, InputDelta, Method
+from graft.positions import PositionDelta
 from graft.roles import Site
 from graft.routes import Entry
 

@@ -19,7 +19,7 @@ from graft.adapter import Adapter as Adapter
 from graft.adapter import key_of as key_of
 from graft.errors import RouteError
 from graft.hooks import BarrierHook, ContiguousHook, PoolHook, RootHook, SiteHook, SlotHook, Tap, pooled
-from graft.method import AttentionDelta, Delta, Drawn, InputDelta, PositionDelta
+from graft.method import AttentionDelta, Delta, Drawn, InputDelta
 from graft.roles import Site
 from graft.routes import BASE, Entry, Route
 
@@ -171,7 +171,7 @@ class Bank(nn.Module):
             drawer.drawn = value
 
     def _drawers(self) -> list[Drawn]:
-        return [adapter.shared for adapter in self if isinstance(adapter.shared, Drawn)]
+        return [leaf.shared for adapter in self for leaf in adapter.leaves if isinstance(leaf.shared, Drawn)]
 
     # Hooks at sites.
 
@@ -184,7 +184,7 @@ class Bank(nn.Module):
         for name, site, delta in adapter.owned():
             if isinstance(delta, AttentionDelta):
                 attend.seat(model, self, site, name, delta)
-            elif not isinstance(delta, PositionDelta):
+            elif not isinstance(delta, positions.PositionDelta):
                 self._place_site(model, site, name, delta)
         if adapter.shift or adapter.stretch != 1.0:
             positions.place(model, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,6 +206,9 @@ def _precision(precision: str, device: torch.device) -> dict[str, Any]:
         raise ConfigError(f"precision {precision}: bitsandbytes is not installed; pip install 'graftlm[quant]'")
     from transformers import BitsAndBytesConfig
 
+    # Each int8 product warns that it computes in fp16, and each process that an optional CPU kernel is absent.
+    for name in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
     if precision == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:

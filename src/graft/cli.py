@@ -260,13 +260,14 @@ def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied weight that changes a copy of its own.")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; that of the base otherwise.")] = "auto",
+    precision: Annotated[str, typer.Option(help="How to load the base; as its checkpoint is otherwise.")] = "auto",
+    into: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32: what a base in nf4 or int8 becomes.")] = None,
     device: Device = None,
 ) -> None:
     """Write the base with an adapter merged in as a plain transformers folder, checked against the adapter's probe."""
     from graft.convert import merge_folder
 
-    apart = merge_folder(base, adapter, output, precision=precision, untie=untie, device=device)
+    apart = merge_folder(base, adapter, output, precision=precision, into=into, untie=untie, device=device)
     typer.echo(f"{output}: a plain transformers model; its logits are the adapter's{_within(apart)}")
 
 

@@ -52,7 +52,14 @@ def convert_adapter(source: str, output: str, *, base: str, to: str, device: str
 
 
 def merge_folder(
-    base: str, adapter: str, output: str, *, precision: str = "auto", untie: bool = False, device: str | None = None
+    base: str,
+    adapter: str,
+    output: str,
+    *,
+    precision: str = "auto",
+    into: str | None = None,
+    untie: bool = False,
+    device: str | None = None,
 ) -> float | None:
     """Write the base with an adapter merged in, as a plain transformers folder with its tokenizer.
 
@@ -60,7 +67,9 @@ def merge_folder(
     folder without one, with the adapter's logits before merging), and only then takes its name.
 
     Args:
-        precision: of what is written; "auto" is the base's own.
+        precision: how the base is loaded, and of what is written; "auto" is the base's own.
+        into: "bf16", "fp16" or "fp32": what is written of a base that is loaded as "nf4" or "int8", the numbers that
+            its codes stand for.
         untie: give a site that shares its weight with another one (a tied head) a weight of its own.
 
     Returns:
@@ -77,7 +86,7 @@ def merge_folder(
     model = load_base(base, precision=precision, device=device, num_labels=labels)
     loaded = load(model, adapter)
     expected = read_card(adapter).get("probe") or probe.probe(model, loaded.name)
-    merge(model, loaded.name, tied="untie" if untie else "error")
+    merge(model, loaded.name, into=into, tied="untie" if untie else "error")
     if untie:
         model.config.tie_word_embeddings = False
     if template is not None and template.label_names:
@@ -86,7 +95,7 @@ def merge_folder(
     with _written(Path(output)) as folder:
         model.save_pretrained(folder)
         load_tokenizer(base).save_pretrained(folder)
-        plain = load_base(str(folder), precision=precision, device=device)
+        plain = load_base(str(folder), precision=into or precision, device=device)
         try:
             return probe.check_probe(plain, expected, None)
         except AdapterFileError as error:

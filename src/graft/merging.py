@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft import freeze, probe
+from graft import freeze, probe, roles
 from graft.bank import Bank, bank_of, known
 from graft.errors import AdapterFileError, MergeError
 from graft.hooks import SiteHook
@@ -219,8 +219,11 @@ class Unpacked:
     modules: dict[str, nn.Module]
     marks: dict[str, Any]
     config: Any
+    others: list[tuple[Tensor, Tensor]]
 
     def back(self) -> None:
+        for tensor, value in self.others:
+            tensor.data = value
         for path, module in self.modules.items():
             self.model.set_submodule(path, module)
         for name, value in self.marks.items():
@@ -234,10 +237,14 @@ def _unpack(model: nn.Module, dtype: torch.dtype, kept: list[Any]) -> None:
     found = {path: module for path, module in model.named_modules() if quantized(module)}
     marks = {name: getattr(model, name) for name in MARKS if name in model.__dict__}
     config: Any = model.config
-    item = Unpacked(model, found, marks, getattr(config, "quantization_config", None))
+    item = Unpacked(model, found, marks, getattr(config, "quantization_config", None), [])
     kept.append(item)
     for path, module in found.items():
         model.set_submodule(path, dense(module, dtype))
+    for name, tensor in model.named_parameters():  # buffers, such as rotary tables, keep their precision
+        if tensor.is_floating_point() and tensor.dtype != dtype and not name.startswith(f"{roles.BANK}."):
+            item.others.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(dtype)
     for name in marks:
         delattr(model, name)
     if item.config is not None:

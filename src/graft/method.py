@@ -112,10 +112,7 @@ class Expanded(nn.Module):
 
 
 class Drawn(nn.Module):
-    """A shared module that draws at random, once for each training forward: `drawn` is the draw that holds.
-
-    Whatever a checkpointed layer recomputes later finds the draw of its own forward again.
-    """
+    """A shared module that draws at random once for each training forward; a recomputed layer finds the draw again."""
 
     drawn: Any = None
 
@@ -157,16 +154,6 @@ class AttentionDelta(Delta):
             base: function of one call that runs the next adapter of the row, or the model's own attention.
         """
         return base(call)
-
-
-class PositionDelta(Delta):
-    """Rotary positions divided by `divisor`, at the rotary module: see `graft.positions`."""
-
-    weighted = False
-
-    def __init__(self, divisor: float) -> None:
-        super().__init__()
-        self.divisor = divisor
 
 
 class CopyDelta(Delta):
@@ -308,6 +295,10 @@ class Method:
 
     def after_step(self, adapter: Any, step: int, steps: int) -> None:
         """The optimizer has stepped, and the gradients are still there."""
+
+    def stretch(self, config: Any) -> float:
+        """How many times longer texts become than a base with this config takes by itself."""
+        return 1.0
 
     def saved_as(self, adapter: Any) -> Method:
         """The method that a saved folder names, where that is simpler than the one that trained."""

@@ -16,12 +16,23 @@ from torch import Tensor, nn
 
 from graft import roles
 from graft.errors import RouteError
+from graft.method import Delta
 
 if TYPE_CHECKING:
     from graft.bank import Bank
     from graft.routes import Entry
 
 HOOKS = ":position"
+
+
+class PositionDelta(Delta):
+    """Rotary positions divided by `divisor`, for the rows of its adapter; it sits at the rotary module."""
+
+    weighted = False
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
 
 
 class PositionHook:

@@ -5,6 +5,7 @@ The only place that knows a quantizer. Shapes: `O` output features, `I` input fe
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -143,6 +144,8 @@ def _dequantize_4bit(module: Any) -> Tensor:
         return weight
     bnb = _bitsandbytes()
     assert bnb is not None
+    state = copy.copy(state)
+    state.dtype = torch.float32  # the codes stand for fp32 numbers; forwards round them to their own dtype
     return bnb.functional.dequantize_4bit(weight.data, state)
 
 

@@ -145,9 +145,8 @@ def test_every_tensor_exactly_once(theirs: Path, change: Callable[[dict[str, Ten
         ("trainable_token_indices", [5]),
         ("megatron_config", {"x": 1}),
         ("layers_pattern", "h"),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", "loftq"),
         ("loftq_config", {"loftq_bits": 4}),
         ("kasa_config", {"a": 1}),
@@ -331,7 +330,7 @@ def test_meta_device_has_nothing_to_save(tmp_path: Path) -> None:
 
 def test_attach_refuses_peft_configs_by_name() -> None:
     peft = pytest.importorskip("peft")
-    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "orthogonal"}):
+    for options in ({"use_dora": True}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}):
         with pytest.raises(graft.ConfigError, match="|".join(options)):
             graft.attach(tiny("llama"), peft.LoraConfig(**options))
     with pytest.raises(graft.ConfigError, match="VERA"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,7 @@ def test_resumed_training_equals_one_without_a_break(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", 9)
     trained(tmp_path / "halves", 9, save_strategy="steps")
     for step in (6, 9):
-        for file in sorted((tmp_path / "halves" / f"checkpoint-{step}").iterdir()):
-            file.unlink()
-        (tmp_path / "halves" / f"checkpoint-{step}").rmdir()
+        shutil.rmtree(tmp_path / "halves" / f"checkpoint-{step}")
     again = trained(tmp_path / "halves", 9, resume=True)
     for delta, expected in zip(matrices(again.adapters["a"]), matrices(whole.adapters["a"]), strict=True):
         assert delta.mask.tolist() == expected.mask.tolist()
@@ -264,7 +263,7 @@ def test_a_whole_training_equals_peft(arch: str) -> None:
         for own, their in pairs:
             close(own, their, 1e-8)
     first, last = 4 * len(matrices(adapter)), 2 * len(matrices(adapter))
-    assert max(sizes) == first and min(sizes) == last and len(sizes) > 4
+    assert max(sizes) == first and min(sizes) == last and len(sizes) > 3
     close(model.eval()(**data).logits, other.eval()(**data).logits, 1e-8)
 
 

@@ -157,6 +157,14 @@ def test_refuses() -> None:
             graft.search_glora(model, "a", lambda: 0.0, **bad)  # type: ignore[arg-type]
     with graft.route(model, ["a"]), pytest.raises(graft.RouteError, match="a route has not ended"):
         graft.search_glora(model, "a", lambda: 0.0)
+    composed = graft.attach(model, graft.Compose(graft.GLoRA(supernet=True), graft.LoRA(targets=("ffn.up",))), "c")
+    with pytest.raises(graft.ConfigError, match="'c/glora' is a part of a composed adapter"):
+        graft.search_glora(model, "c/glora", lambda: 0.0)
+    graft.use(model, "c")
+    model.train()(**data_of("llama"))  # there too it draws in training
+    assert composed.leaves[0].shared.drawn is not None  # type: ignore[union-attr]
+    graft.use(model, None)
+    graft.detach(model.eval(), "c")
     graft.merge(model, "plain")
     with pytest.raises(graft.RouteError, match="merged"):
         graft.search_glora(model, "a", lambda: 0.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,3 +280,83 @@ def test_gpt2_is_projected_unless_peft_is_asked_for() -> None:
     far(ours(**data).logits, theirs(**data).logits)
     graft.use(theirs, {"a": 0.0})
     close(theirs(**data).logits, lively("gpt2")(**data).logits)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(("arch", "layers"), [("llama", 1), ("mistral", 2), ("gpt2", 2)])
+@pytest.mark.parametrize("tanh", [False, True])
+def test_folders_of_ours_and_of_peft(arch: str, layers: int, tanh: bool, tmp_path: Path) -> None:
+    import peft
+
+    method = graft.LlamaAdapter(length=P, layers=layers, gate="per_layer", tanh=tanh)
+    model, data = adapted(arch, method, peft_compat=True), data_of(arch)
+    seen = data["attention_mask"].bool()
+    expected = model(**data).logits[seen]
+    graft.save(model, "a", tmp_path / "ours", form="peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own use of what transformers deprecates
+        other = peft.PeftModel.from_pretrained(lively(arch), tmp_path / "ours").eval()
+        close(other(**data).logits[seen], expected)
+        peft_of(arch, model.adapters["a"], layers).save_pretrained(tmp_path / "theirs")
+    for folder, kind in (("ours", method), ("theirs", graft.LlamaAdapter(length=P, layers=layers, head=False, **PEFT))):
+        again = lively(arch)
+        assert graft.load(again, tmp_path / folder, "a").method == kind
+        close(again(**data).logits[seen], expected)
+
+
+def test_what_pefts_form_cannot_hold_has_our_own(tmp_path: Path) -> None:
+    cases: list[tuple[str, dict[str, Any], bool, str]] = [
+        ("llama", {"layers": 2}, False, "gates differ by head"),
+        ("llama", {"layers": (0,), **PEFT}, False, "in the top layers, these in others"),
+        ("gpt2", {"layers": 2, **PEFT}, False, "only peft_compat=True has that form"),
+        ("llama_cls", {"layers": 2, **PEFT}, False, "trains no module whole, such as score"),
+        ("qwen3", {"layers": 2, **PEFT}, False, "peft has no adaption prompts for Qwen3ForCausalLM"),
+    ]
+    for i, (arch, settings, compat, reason) in enumerate(cases):
+        model, data = adapted(arch, graft.LlamaAdapter(length=P, **settings), peft_compat=compat), data_of(arch)
+        with pytest.raises(graft.AdapterFileError, match=reason):
+            graft.save(model, "a", tmp_path / f"{i}", form="peft")
+        folder = graft.save(model, "a", tmp_path / f"{i}")
+        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "GRAFT_ADAPTION_PROMPT"
+        again = lively(arch)
+        graft.load(again, folder, "a")
+        close(again(**data).logits, model(**data).logits)
+    # Gates that agree over the heads have a place, for example all zeros before training.
+    model = lively("llama")
+    graft.attach(model, graft.LlamaAdapter(length=P, layers=2), "a")
+    folder = graft.save(model, "a", tmp_path / "start", form="peft")
+    assert graft.load(lively("llama"), folder, "a").at("model.layers.0.self_attn").gate.shape == (4,)
+
+
+def test_a_config_of_peft_can_be_attached() -> None:
+    import peft
+
+    model = tiny("llama")
+    adapter = graft.attach(model, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=P, adapter_layers=1))
+    assert adapter.method == graft.LlamaAdapter(length=P, layers=1, head=False, **PEFT) and adapter.peft_compat
+    for bad in ({"adapter_len": P}, {"adapter_len": P, "adapter_layers": 0}):
+        with pytest.raises(graft.ConfigError, match="adapter_layers"):
+            graft.attach(model, peft.AdaptionPromptConfig(**bad), "b")
+
+
+def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
+    model = adapted("llama", graft.LlamaAdapter(length=P, layers=1, **PEFT))
+    graft.save(model, "a", tmp_path / "a", form="peft")
+    (tmp_path / "a" / "graft.json").unlink()
+    path = tmp_path / "a" / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"target_modules": "mlp"}, "target_modules = 'mlp', and it can only be 'self_attn'"),
+        ({"adapter_layers": 3}, "layers=3, but LlamaForCausalLM has 2"),
+        ({"adapter_layers": 2}, "tensors are missing, the first is base_model.model.model.layers.0"),
+        ({"adapter_len": 4}, r"has shape \(1, 3, 32\), this model and config need \(1, 4, 32\)"),
+        ({"adapter_heads": 4}, "field 'adapter_heads' = 4 is not supported"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(graft.AdapterFileError, match=message):
+            graft.load(tiny("llama"), tmp_path / "a", "b")
+    path.write_text(json.dumps(good))
+    with pytest.raises(graft.AdapterFileError, match="peft has no adaption prompts for BertForSequenceClassification"):
+        graft.load(tiny("bert"), tmp_path / "a", "b")

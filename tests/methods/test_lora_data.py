@@ -14,7 +14,6 @@ from twins import close, data_of, far, inner, lively, peft_twin
 
 import graft
 from examples import perturb
-from graft.errors import TrainingError
 from graft.methods import lora_init
 from graft.methods.lora_data import Components, gradients, share_out
 from graft.roles import sites as sites_of
@@ -63,6 +62,7 @@ def test_gradients_are_those_of_the_weights(arch: str, checkpointing: bool) -> N
     if checkpointing:
         checkpointed(model)
     modes = [module.training for module in model.modules()]
+    hooks = [dict(module._forward_hooks) for module in model.modules()]
     state = torch.get_rng_state()
     found = gradients(model, modules, batches(arch))
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
@@ -70,9 +70,7 @@ def test_gradients_are_those_of_the_weights(arch: str, checkpointing: bool) -> N
     for path in modules:
         close(found[path] / expected[path].abs().max(), expected[path] / expected[path].abs().max())
     assert all(p.grad is None for p in model.parameters())
-    assert sum(len(module._forward_hooks) for module in model.modules()) == len(modules) + 1 + (
-        model.base_model is model
-    )
+    assert [dict(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def test_lora_ga_takes_the_gradients_directions() -> None:
@@ -115,9 +113,10 @@ def test_lora_ga_starts_as_the_base(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert"])
-def test_lora_ga_trains_as_in_peft(arch: str) -> None:
-    """With `peft_compat`, at the rank where peft's randomised SVD is exact."""
+def test_lora_ga_trains_as_in_peft(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `peft_compat`, where peft's randomised SVD is made exact: the signs of its vectors are arbitrary."""
     peft = pytest.importorskip("peft")
+    monkeypatch.setattr(torch, "svd_lowrank", exact_svd)
     model = started(arch, lora("lora_ga"), peft_compat=True)
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
     base = lively(arch)
@@ -142,6 +141,11 @@ def test_lora_ga_trains_as_in_peft(arch: str) -> None:
         close(delta.B @ delta.A, theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight)
     close(*rates)
     far(rates[0], lively(arch)(**data_of(arch)).logits)
+
+
+def exact_svd(matrix: Tensor, q: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :q], S[:q], Vh[:q].T
 
 
 def test_lora_ga_is_saved_as_plain_lora(tmp_path: Path) -> None:
@@ -191,11 +195,11 @@ def inputs_of(arch: str, path: str, count: int) -> Tensor:
     for each in batches(arch, count):
         with torch.no_grad():
             module = model.get_submodule(path)
-            handle = module.register_forward_hook(lambda module, args, output: found.append((args[0], each)))
+            handle = module.register_forward_hook(lambda module, args, output: found.append(args[0]))
             model(**each)
             handle.remove()
     rows = []
-    for x, each in found:
+    for x, each in zip(found, batches(arch, count), strict=True):
         labels, mask = each["labels"], each["attention_mask"]
         counted = (labels if labels.dim() == 2 else mask - 1) >= 0
         if arch == "t5" and (path.startswith("encoder") or path.endswith(("EncDecAttention.k", "EncDecAttention.v"))):
@@ -211,7 +215,7 @@ def test_eva_takes_the_inputs_directions(arch: str) -> None:
     model = lively(arch)
     adapter = graft.attach(model, method, "a")
     method.start(model, adapter, batches(arch, 1))
-    assert torch.equal(model(**data_of(arch)).logits, lively(arch)(**data_of(arch)).logits)
+    close(model(**data_of(arch)).logits, lively(arch)(**data_of(arch)).logits)
     for site, delta in adapter.items():
         x_NI = inputs_of(arch, site.path, 1)
         Vh = torch.linalg.svd(x_NI - x_NI.mean(0)).Vh
@@ -223,21 +227,24 @@ def test_eva_takes_the_inputs_directions(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_eva_equals_peft(arch: str, rslora: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Ranks, directions and factors, after as many batches, where peft's SVD is made exact; then both read the file."""
+    """Ranks, directions and factors, where peft's SVD is made exact and signs do not count; then both read the file."""
     peft = pytest.importorskip("peft")
     pca = pytest.importorskip("peft.utils.incremental_pca").IncrementalPCA
     monkeypatch.setattr(pca, "_svd_fn_lowrank", pca._svd_fn_full)
+    cosine = torch.nn.functional.cosine_similarity
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", lambda *vectors: cosine(*vectors).abs())
     names = ["q_proj", "v_proj", "down_proj"] if arch == "llama" else ["c_attn", "c_proj", "c_fc"]
     settings = {"rho": 2.0, "tau": 0.0}  # two batches: the second one settles it
-    config = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights="eva", eva_config=peft.EvaConfig(**settings))
+    config = peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="eva", eva_config=peft.EvaConfig(**settings))
     config.target_modules, config.use_rslora = names, rslora
     other = peft_twin(arch, config)
     peft.initialize_lora_eva_weights(other, batches(arch), show_progress_bar=False)
-    method = lora("eva", rank=2, targets=tuple(names), rslora=rslora, init_options=settings)
+    method = lora("eva", rank=3, targets=tuple(names), rslora=rslora, init_options=settings)
     model = started(arch, method, peft_compat=True)
     adapter = model.adapters["a"]
     ranks = {site.path: delta.rank for site, delta in adapter.items()}
-    assert len({*ranks.values()}) > 1 and sum(ranks.values()) == 2 * (len(ranks) + len(adapter.dropped))
+    assert sum(ranks.values()) == 3 * (len(ranks) + len(adapter.dropped))
+    assert len({*ranks.values()}) > 1
     for path, rank in ranks.items():
         theirs = inner(other, path)
         assert theirs.r["default"] == rank and abs(theirs.scaling["default"] - adapter.at(path).scale) < 1e-6
@@ -316,7 +323,7 @@ def test_in_a_trainer(init: str, tmp_path: Path) -> None:
         return model
 
     first = run("a")
-    again = run("a", str(tmp_path / "a" / "checkpoint-2"))
+    again = run("b", str(tmp_path / "a" / "checkpoint-2"))
     assert any(delta.B.any() for _, delta in first.adapters["a"].items())
     for site, delta in first.adapters["a"].items():
         close(again.adapters["a"].at(site.path).weight_delta(), delta.weight_delta(), 1e-6)
@@ -325,7 +332,6 @@ def test_in_a_trainer(init: str, tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    assert issubclass(TrainingError, graft.GraftError)
     for init in ("lora_ga", "eva"):
         adapter = graft.attach(model := tiny("llama"), lora(init), "a")
         with pytest.raises(graft.ConfigError, match="got no batches"):
@@ -337,7 +343,7 @@ def test_refusals() -> None:
     with pytest.raises(graft.ConfigError, match="with labels"):
         adapter.method.start(model, adapter, data)
     empty = [{**each, "labels": torch.full_like(each["labels"], -100)} for each in batches("llama")]
-    with pytest.raises(graft.SiteError, match="q_proj: (no gradient|its gradient)"):
+    with pytest.raises(graft.SiteError, match=r"q_proj: (no gradient|its gradient)"):
         adapter.method.start(model, adapter, empty)
     adapter = graft.attach(model := tiny("llama"), lora("lora_ga", rank=12), "a")
     with pytest.raises(graft.SiteError, match=r"v_proj: a \(16, 32\) matrix has 16 singular directions, 24 are needed"):
@@ -345,6 +351,7 @@ def test_refusals() -> None:
     model = tiny("bert_base")
     path = next(site.path for site in sites_of(model) if "pooler" in site.path)
     adapter = graft.attach(model, lora("eva", targets=(path,)), "a")
+    model(**batches("bert_base", 1)[0])
     model.pooler = None
     with pytest.raises(graft.SiteError, match="no input reaches it"):
         adapter.method.start(model, adapter, batches("bert_base"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_counts import meta
 from torch import Tensor, nn
+from transformers import PrinterCallback, TrainingArguments
 from twins import adapted, close, copy_into, data_of, far, inner, lively, peft_twin
 
 import graft
@@ -169,6 +170,28 @@ def test_steps_equal_pefts_optimizer(arch: str, monkeypatch: pytest.MonkeyPatch)
     for site, delta in adapter.items():
         far(delta.B, start[site.path])
         close(delta.B, inner(other, site.path).lora_B["default"].weight)
+
+
+def test_graft_trainer_projects(tmp_path: Path) -> None:
+    """One step of SGD from B = 0: both forms see the same gradient."""
+    rows = batch("llama", rows=4)
+    data = [{key: value[i].tolist() for key, value in rows.items()} for i in range(4)]
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0.0}
+    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    found = []
+    for projected in (False, True):
+        model = tiny("llama")
+        torch.manual_seed(1)
+        adapter = graft.attach(model, graft.LoRAFA(rank=4, projected=projected))
+        args = TrainingArguments(str(tmp_path), dataloader_pin_memory=False, **settings)
+        trainer = graft.GraftTrainer(model, args, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        found.append(adapter)
+    for site, delta in found[1].items():
+        plain = found[0].at(site.path)
+        assert torch.equal(delta.A, plain.A) and plain.B.any()
+        close(delta.B, plain.B @ torch.linalg.inv(delta.A @ delta.A.T) / delta.scale**2)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -125,9 +125,9 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
     limit = context_length(model.config, tokenizer)
     if limit is None:
         return None
-    bank = bank_or_none(model)
-    shifts = [max(adapter.shift.values(), default=0) for adapter in bank] if bank is not None else []
-    return limit - max(shifts, default=0)
+    adapters = list(bank_or_none(model) or ())
+    shifts = [max(adapter.shift.values(), default=0) for adapter in adapters]
+    return int(limit * min((adapter.stretch for adapter in adapters), default=1.0)) - max(shifts, default=0)
 
 
 def check_length(where: str, length: int, limit: int | None) -> None:

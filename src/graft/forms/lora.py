@@ -30,6 +30,7 @@ from graft.methods.dora import DoRA, DoRADelta, Magnitude
 from graft.methods.lora import EmbeddingLoRADelta, LoRA, LoRADelta
 from graft.methods.lora_fa import LoRAFA
 from graft.methods.lora_init import kind_of
+from graft.methods.qlora import QLoRA
 from graft.weights import weight_OI
 
 INITS = {True: "kaiming", False: "random", "gaussian": "gaussian"}
@@ -50,7 +51,7 @@ class LoRAForm(Form):
     fields = LINEAR | {"r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_rslora", "init_lora_weights"}
     fields |= {"rank_pattern", "alpha_pattern", "ensure_weight_tying", "use_dora", "eva_config", "lora_ga_config"}
     inert = {"megatron_core", "qalora_group_size"}
-    methods = (LoRA, DoRA, LoRAFA)
+    methods = (LoRA, DoRA, LoRAFA, QLoRA)
 
     def read(self, config: Config, model: nn.Module | None) -> Method:
         start = _start(config, model)

@@ -103,6 +103,9 @@ class Compose(Method):
     def with_tokenizer(self, tokenizer: Any) -> Method:
         return dataclasses.replace(self, parts=tuple(part.with_tokenizer(tokenizer) for part in self.parts))
 
+    def stretch(self, config: Any) -> float:
+        return max(part.stretch(config) for part in self.parts)
+
     def saved_as(self, adapter: Any) -> Method:
         parts = [adapter.parts[key].method.saved_as(adapter.parts[key]) for key in self.named()]
         return dataclasses.replace(self, parts=tuple(parts))

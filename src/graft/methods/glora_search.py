@@ -268,6 +268,8 @@ def _supernet(model: PreTrainedModel, name: str) -> Adapter:
     adapter = bank[name]
     if not (isinstance(adapter.method, GLoRA) and adapter.method.supernet):
         raise ConfigError(f"adapter {name!r} is no GLoRA supernet; train one with GLoRA(supernet=True)")
+    if adapter not in list(bank):  # the composition's own method, which its folder keeps, would not learn of the path
+        raise ConfigError(f"{name!r} is a part of a composed adapter; search a supernet that stands alone")
     return adapter
 
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from graft import attend, roles
 from graft.errors import ConfigError, RouteError, SiteError
-from graft.method import SERIAL, AttentionDelta, Build, CopyDelta, Delta, Method, PositionDelta
+from graft.method import SERIAL, AttentionDelta, Build, CopyDelta, Delta, Method
 from graft.methods.lora import LoRA
+from graft.positions import PositionDelta
 from graft.roles import Site
 
 MOVING = ("dynamic", "longrope")
@@ -100,13 +101,22 @@ class LongLoRA(LoRA):
                 if hasattr(site.module, "sinks"):
                     raise SiteError(f"LongLoRA: {site.path} has a sink for each head, which segments would tear apart")
                 out.append((site, SegmentDelta(self)))
-        factor = self.factor(build.model.config)
+        factor = self.stretch(build.model.config)
         if factor != 1.0:
             out += [(site, PositionDelta(factor)) for site in _rotary(build.model)]
         return out
 
-    def factor(self, config: Any) -> float:
-        """What positions are divided by on a base with this config."""
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """Whether no positions are divided: no weight holds that."""
+        return self.context is None and self.rope_factor == 1.0
+
+    @property
+    def starts_equal(self) -> bool:  # type: ignore[override]
+        """Whether positions start as the base's."""
+        return self.merges
+
+    def stretch(self, config: Any) -> float:
         if self.context is None:
             return self.rope_factor
         text = config.get_text_config()

@@ -19,7 +19,10 @@ from graft.weights import is_linear
 
 
 class LowRankDelta(Delta):
-    """Base of the deltas whose change is B A on some rows: a subclass gives `pair` and `change`.
+    """Base of the deltas whose change is B A on some rows: a subclass gives `pair`.
+
+    Vectors that scale stand in B's factor, so that autograd keeps A x (R numbers for a token) and no output; where A is
+    frozen it keeps no input either.
 
     Args:
         site: a linear.
@@ -38,16 +41,14 @@ class LowRankDelta(Delta):
         """S, how many outputs it acts on."""
         return self.site.out_features if self.rows is None else len(self.rows)
 
-    def change(self, x_BTI: Tensor) -> Tensor:
-        """What is added to the asked outputs, (B, T, S), in the dtype of x."""
-        raise NotImplementedError(type(self).__name__)
-
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (S, R) whose product is the whole change of the asked rows, in fp32."""
         raise NotImplementedError(type(self).__name__)
 
     def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        change_BTS = self.change(F.dropout(x_BTI, self.dropout, self.training)).to(y_BTO.dtype)
+        x = F.dropout(x_BTI, self.dropout, self.training)
+        A, B = (factor.to(x.dtype) for factor in self.pair())
+        change_BTS = F.linear(F.linear(x, A), B).to(y_BTO.dtype)
         if self.rows is None:
             return y_BTO + change_BTS
         return y_BTO.index_add(-1, self.rows.to(y_BTO.device), change_BTS)

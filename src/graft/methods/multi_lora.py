@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graft.errors import ConfigError
 from graft.method import Build, Delta, Method, parameter
@@ -92,7 +91,3 @@ class MultiLoRADelta(LowRankDelta):
     def pair(self) -> tuple[Tensor, Tensor]:
         B_NSR = self.factor * self.scaling()[..., None] * self.lora_B
         return self.lora_A.flatten(0, 1), B_NSR.transpose(0, 1).flatten(1)
-
-    def change(self, x_BTI: Tensor) -> Tensor:
-        A, B = self.pair()
-        return F.linear(F.linear(x_BTI, A.to(x_BTI.dtype)), B.to(x_BTI.dtype))

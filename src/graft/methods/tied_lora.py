@@ -22,7 +22,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graft.errors import ConfigError, SiteError
 from graft.method import Build, Delta, Method, parameter
@@ -160,25 +159,16 @@ class TiedLoRADelta(LowRankDelta):
         if self.tied_v is not None and method.train_B:
             nn.init.ones_(self.tied_v)
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A (R, I), B (S, R) and u (R) on the site's device; no u where it is one."""
+    def pair(self) -> tuple[Tensor, Tensor]:
         shared = self.shared
         assert isinstance(shared, TiedMatrices)
         A, B, u = shared.A.get(self.names[0]), shared.B.get(self.names[1]), shared.u.get(self.names[2])
         assert A is not None and B is not None
         device = self.site.module.weight.device
-        return A.to(device), B.to(device), None if u is None else u.to(device)  # type: ignore[arg-type]
-
-    def change(self, x_BTI: Tensor) -> Tensor:
-        A, B, u = (None if t is None else t.to(x_BTI.dtype) for t in self.parts())
-        assert A is not None and B is not None
-        down_BTR = F.linear(x_BTI, A)
-        change_BTS = F.linear(down_BTR if u is None else down_BTR * u, B)
-        return change_BTS if self.tied_v is None else change_BTS * self.tied_v.to(x_BTI.dtype)
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        A, B, u = self.parts()
-        return A if u is None else u[:, None] * A, B if self.tied_v is None else self.tied_v[:, None] * B
+        A, B = A.to(device), B.to(device)  # type: ignore[arg-type]
+        if u is not None and self.tied_v is not None:
+            B = self.tied_v[:, None] * B * u.to(device)  # type: ignore[arg-type]
+        return A, B
 
 
 def _tie(shapes: dict[str, Tied], name: str, shape: tuple[int, int], site: Site) -> None:

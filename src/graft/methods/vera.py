@@ -18,7 +18,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graft.errors import ConfigError
 from graft.method import Build, Delta, Method, parameter
@@ -107,14 +106,9 @@ class VeRADelta(LowRankDelta):
         B = shared.B[: self.site.out_features] if self.rows is None else shared.B[self.rows.to(shared.B.device)]
         return shared.A[:, : self.site.in_features].to(device), B.to(device)
 
-    def change(self, x_BTI: Tensor) -> Tensor:
-        A, B = self.slices()
-        down_BTR = F.linear(x_BTI, A.to(x_BTI.dtype)) * self.lambda_d.to(x_BTI.dtype)
-        return F.linear(down_BTR, B.to(x_BTI.dtype)) * self.lambda_b.to(x_BTI.dtype)
-
     def pair(self) -> tuple[Tensor, Tensor]:
         A, B = self.slices()
-        return self.lambda_d[:, None] * A, self.lambda_b[:, None] * B
+        return A, self.lambda_b[:, None] * B * self.lambda_d
 
 
 def _weight(site: Site) -> Tensor:

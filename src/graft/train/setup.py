@@ -63,6 +63,7 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
             raise DataError(f"{row.where}: no training row has the adapter {row.adapter!r}")
     template = _template(run, tokenizer, config).fit(rows, tokenizer)
     context = base.context_length(config, tokenizer)
+    context = context and int(context * run.method.stretch(config))
     max_length = settings.max_length or context or LENGTH
     if settings.packing and settings.max_length is None:
         max_length = min(max_length, LENGTH)
@@ -220,6 +221,7 @@ def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrai
     slots = 0 if data.template.slots else slots  # the rows have them already
     taken = slots + max((shift for each in adapters for shift in each.shift.values()), default=0)
     context = base.context_length(model.config)
+    context = context and int(context * min(each.stretch for each in adapters))
     longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])
     if context is None or taken + longest <= context or roles.is_encoder_decoder(model):
         return
