@@ -19,7 +19,7 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     "prefix_tuning": [{"hidden": 6}],
     "intrinsic": [{"kind": "did", "head": False}],
     "p_tuning": [{"encoder": "lstm", "hidden": 5}],
-    "llama_adapter": [{"layers": 1, "gate": "per_layer", "tanh": False}],
+    "llama_adapter": [{"gate": "per_layer", "tanh": False}],
     "compose": [
         {"parts": ({"method": "lora", "rank": 4}, {"method": "lora", "rank": 2, "targets": "all-linear"})},
         {"parts": ({"method": "bottleneck", "size": 5}, {"method": "prefix_tuning", "length": 3})},

@@ -259,7 +259,7 @@ def spoil(folder: Path, how: str) -> None:
         edit(config, wonder=3)
     elif how == "changes the maths":
         (folder / "graft.json").unlink()
-        edit(config, use_dora=True)
+        edit(config, use_qalora=True)
     elif how == "template":
         edit(folder / "graft.json", template={"kind": "tchat"})
 
@@ -273,7 +273,7 @@ def spoil(folder: Path, how: str) -> None:
         ("pickle", "is a pickle"),
         ("no config", "no adapter_config.json here"),
         ("unknown field", "'wonder'"),
-        ("changes the maths", "use_dora"),
+        ("changes the maths", "use_qalora"),
         ("template", "did you mean 'chat'?"),
     ],
 )

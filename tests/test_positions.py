@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import graft
 from examples import perturb
+from graft.evaluate.batches import context_of
 from tiny import EOS, MODELS, PAD, tiny
 
 ROTARY = ("llama", "mistral", "qwen3", "gpt_neox", "gemma3", "mixtral")
@@ -136,6 +138,17 @@ def test_context_becomes_a_factor_that_is_stored(tmp_path: Path) -> None:
         assert again.stretch == factor and again.method.rope_factor == factor  # type: ignore[attr-defined]
         close(other(ids_BT).logits, expected)
         assert graft.files.check_saved(other, "a") is not None
+
+
+def test_evaluation_takes_texts_of_the_longer_context() -> None:
+    """128 of the base; four times as many with a factor of 4, as long as no other adapter could be meant."""
+    model = tiny("llama")
+    tokenizer = types.SimpleNamespace(model_max_length=10**30)
+    graft.attach(model, graft.LongLoRA(rope_factor=4.0), "long")
+    assert context_of(model, tokenizer) == 512
+    graft.attach(model, graft.LoRA(), "lora")
+    assert context_of(model, tokenizer) == 128
+    assert graft.LongLoRA(context=500).stretch(model.config) == 4.0 and graft.LoRA().stretch(model.config) == 1.0
 
 
 def test_refusals() -> None:

@@ -35,9 +35,13 @@ if _typing.TYPE_CHECKING:
     from graft.methods.glora_search import extract_glora, search_glora
     from graft.methods.head import Head
     from graft.methods.ia3 import IA3
+    from graft.methods.llama_adapter import LlamaAdapter
+    from graft.methods.long_lora import LongLoRA
     from graft.methods.lora import LoRA
     from graft.methods.lora_fa import LoRAFA
     from graft.methods.multi_lora import MultiLoRA
+    from graft.methods.p_tuning import PTuning
+    from graft.methods.p_tuning_v2 import PTuningV2
     from graft.methods.prefix import PrefixTuning
     from graft.methods.prompt import PromptTuning
     from graft.methods.tied_lora import TiedLoRA
@@ -89,10 +93,14 @@ __all__ = [
     "GraftTrainer",
     "Head",
     "IA3",
+    "LlamaAdapter",
     "LoRA",
     "LoRAFA",
+    "LongLoRA",
     "MergeError",
     "MultiLoRA",
+    "PTuning",
+    "PTuningV2",
     "PrefixTuning",
     "PromptTuning",
     "RouteError",

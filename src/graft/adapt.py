@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from graft import attend, freeze, roles, slots
+from graft import attend, freeze, roles, slots, vocabulary
 from graft.adapter import Adapter, key_of
 from graft.bank import Bank, bank_of, known
 from graft.errors import ConfigError, RouteError, SiteError
@@ -318,4 +318,5 @@ def _named(model: PreTrainedModel, name: str) -> list[Site]:
     ]
     if not found:
         raise SiteError(f"modules_to_save: no module is named {name!r}")
+    vocabulary.refuse_routed(site.path for site in found)
     return found

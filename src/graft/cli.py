@@ -186,7 +186,6 @@ def evaluate(
 ) -> None:
     """Score adapters and their base, side by side in the same batches."""
     from graft.data.rows import load_rows
-    from graft.evaluate.batches import BASE_LABEL
     from graft.evaluate.generate import Decoding
     from graft.evaluate.opening import open_base, with_kind
     from graft.evaluate.run import check_request, examine
@@ -216,8 +215,6 @@ def evaluate(
             truncate=truncate,
             progress=progress,
         )
-    if opened.random_head:
-        found = found.renamed(BASE_LABEL, f"{BASE_LABEL} (random head)")
     if answers is not None:
         found.write(answers, rows)
     _print_json(found.scores) if as_json else typer.echo(str(found))

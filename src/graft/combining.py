@@ -4,12 +4,12 @@
     svd           the same sum, cut to a rank by its singular values
     linear        A = sum of +-sqrt(|w_i s_i|) A_i, B = sum of sqrt(|w_i s_i|) B_i, which is not the sum of the products
     magnitude_prune, ties, dare_linear, dare_ties
-                  as linear, and before it A_i and B_i lose values: the smallest, or random ones (the rest is scaled up);
+                  as linear, and before it A_i and B_i lose values: the smallest, or random ones (the rest grows);
                   ties then keeps at each place only the values of the sign that wins there, and takes their mean
     ..._svd       the same done to the whole changes s_i B_i A_i instead of factors, then cut to a rank
 
-TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2023, arXiv 2311.03099. Names and formulas are those of peft's
-`add_weighted_adapter`.
+TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2023, arXiv 2311.03099. Names and formulas are those of
+peft's `add_weighted_adapter`.
 
 Shape legend: K adapters, R rank, I in-features, O out-features.
 """
@@ -71,11 +71,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter's change at a site, weight * scale * B A, in fp32."""
+    """One adapter's change at a site, weight * scaled_B A, in fp32; `scale` is what B was multiplied by."""
 
     name: str
     A_RI: Tensor
-    B_OR: Tensor
+    scaled_B_OR: Tensor
     scale: float
     weight: float
 
@@ -156,9 +156,9 @@ def _sources(model: nn.Module, chosen: tuple[tuple[str, float], ...]) -> dict[st
             if factors is None:
                 kind = bank[name].method.name
                 raise ConfigError(f"adapter {name!r} ({kind}) cannot be summed: {site.path} holds more than B A")
-            scale = float(getattr(delta, "scale", 1.0))
-            A, scaled_B = factors
-            source = Source(name, A.float(), scaled_B.float() / scale, scale, weight * bank[name].scale)
+            scale = getattr(delta, "scale", 1.0)
+            scale = scale if isinstance(scale, float | int) else 1.0
+            source = Source(name, factors[0].float(), factors[1].float(), scale, weight * bank[name].scale)
             found.setdefault(site.path, []).append(source)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
@@ -168,10 +168,10 @@ def _pair(parts: list[Source], path: str, how: str, rule: Rule, rank: int) -> tu
     """A (R, I) and B (O, R) of the result at one site."""
     if how in ("cat", "svd"):
         A_RI = torch.cat([source.A_RI for source in parts])
-        B_OR = torch.cat([source.weight * source.scale * source.B_OR for source in parts], 1)
+        B_OR = torch.cat([source.weight * source.scaled_B_OR for source in parts], 1)
         return (A_RI, B_OR) if how == "cat" else _cut_product(A_RI, B_OR, rank)
     if how.endswith("_svd"):
-        changes = [source.scale * source.B_OR @ source.A_RI for source in parts]
+        changes = [source.scaled_B_OR @ source.A_RI for source in parts]
         U, S, Vh = torch.linalg.svd(rule.mix(changes, [source.weight for source in parts]), full_matrices=False)
         return Vh[:rank], U[:, :rank] * S[:rank]
     ranks = {source.name: len(source.A_RI) for source in parts}
@@ -182,7 +182,7 @@ def _pair(parts: list[Source], path: str, how: str, rule: Rule, rank: int) -> tu
     roots = [math.sqrt(abs(factor)) for factor in factors]
     signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
     A_RI = rule.mix([source.A_RI for source in parts], signed)
-    return A_RI, rule.mix([source.B_OR for source in parts], roots)
+    return A_RI, rule.mix([source.scaled_B_OR / source.scale for source in parts], roots)
 
 
 def _cut_product(A_RI: Tensor, B_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import nn
 
+from graft import probe
 from graft.adapter import Adapter
 from graft.forms.base import FORMS
 from graft.method import Build, CopyDelta
@@ -46,7 +47,8 @@ def exported(model: nn.Module, adapter: Adapter) -> Adapter:
         if pair is None:
             lora.add(site, copy.copy(delta))  # shallow: the same tensors
             continue
-        made = method.delta(site, Build(model, peft_compat=True))
+        with probe.random_kept(model):
+            made = method.delta(site, Build(model, peft_compat=True))
         for name, value in zip("AB", pair, strict=True):
             getattr(made, name).copy_(value)
         lora.add(site, made)

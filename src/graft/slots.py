@@ -114,13 +114,7 @@ def add_slots(
     ids_BT = batch["input_ids"]
     mask_BT = batch.get("attention_mask")
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-    rows = []
-    for b, (ids, mask, count) in enumerate(zip(ids_BT, mask_BT, counts, strict=True)):
-        real = mask.bool().nonzero().flatten()
-        if len(real) and int(real[-1] - real[0]) + 1 != len(real):
-            raise RouteError("attention_mask has a gap inside a row; slots can only stand in one run of tokens")
-        start, stop = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
-        rows.append((start, stop, _order(ids[start:stop], count, f"row {b + 1}")))
+    rows = _runs(ids_BT, mask_BT, counts)
     width = max(len(order) for _, _, order in rows)
     fills = {"input_ids": pad_id, "labels": IGNORED}
     new = {key: value for key, value in batch.items() if key not in ("attention_mask", "position_ids")}
@@ -199,6 +193,18 @@ def refuse_unseen(batch: dict[str, Any], slots_BT: Tensor) -> None:
                 f"{what} {number} has a pseudo-token behind its last label; a decoder cannot see it there, put it in "
                 "front of the answer"
             )
+
+
+def _runs(ids_BT: Tensor, mask_BT: Tensor, counts: Sequence[int | None]) -> list[tuple[int, int, Tensor]]:
+    """Where each row's real tokens begin and end, and their new order."""
+    rows = []
+    for b, (ids, mask, count) in enumerate(zip(ids_BT, mask_BT, counts, strict=True)):
+        real = mask.bool().nonzero().flatten()
+        if len(real) and int(real[-1] - real[0]) + 1 != len(real):
+            raise RouteError("attention_mask has a gap inside a row; slots can only stand in one run of tokens")
+        start, stop = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
+        rows.append((start, stop, _order(ids[start:stop], count, f"row {b + 1}")))
+    return rows
 
 
 def _order(ids: Tensor, count: int | None, where: str) -> Tensor:

@@ -136,7 +136,6 @@ def test_every_tensor_exactly_once(theirs: Path, change: Callable[[dict[str, Ten
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("use_qalora", True),
         ("alora_invocation_tokens", [3, 4]),
         ("arrow_config", {"top_k": 1}),
@@ -330,7 +329,7 @@ def test_meta_device_has_nothing_to_save(tmp_path: Path) -> None:
 
 def test_attach_refuses_peft_configs_by_name() -> None:
     peft = pytest.importorskip("peft")
-    for options in ({"use_dora": True}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}):
+    for options in ({"use_qalora": True}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}):
         with pytest.raises(graft.ConfigError, match="|".join(options)):
             graft.attach(tiny("llama"), peft.LoraConfig(**options))
     with pytest.raises(graft.ConfigError, match="VERA"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,19 @@ def test_signs_bells_and_permutations_look_random() -> None:
 # -------------------------------------------------------------------------------------------------- the projection
 
 
+@functools.cache
+def transform(length: int) -> Tensor:
+    return torch.tensor(hadamard(length)).double()
+
+
 def dense(made: Projection, size: int) -> Tensor:
-    """P as a (D, d) matrix, by the formula."""
-    length = len(made.order)
-    H = torch.tensor(hadamard(length)).double()
-    G, Pi, B = torch.diag(made.bell.double()), torch.eye(length).double()[made.order.long()], torch.eye(length).double()
-    pad = torch.eye(length, size).double()
-    B[range(len(made.sign)), range(len(made.sign))] = made.sign.double()
+    """P as a (D, d) matrix, by the formula H G Pi H B."""
+    length, H = len(made.order), transform(len(made.order))
+    signed = torch.zeros(length, size, dtype=torch.float64)
+    signed[range(len(made.sign)), range(len(made.sign))] = made.sign.double()
+    mixed = made.bell.double()[:, None] * (H @ signed)[made.order.long()]
     norm = math.sqrt(length * made.bell.double().square().sum()) * math.sqrt(made.numel / length)
-    return (H @ G @ Pi @ H @ B @ pad)[: made.numel] / norm
+    return (H[: made.numel] @ mixed) / norm
 
 
 @pytest.mark.parametrize(("numel", "size"), [(50, 20), (64, 64), (1, 1), (33, 5), (10, 40), (2, 7), (1000, 300)])

@@ -14,6 +14,7 @@ from twins import close, far, lively
 
 import graft
 from examples import perturb
+from graft import attend
 from graft.method import CopyDelta, from_dict
 from tiny import PAD, tiny
 
@@ -94,6 +95,22 @@ def test_equals_the_mask_form(kind: str, tokens: int, attention: str) -> None:
         close(parameter.grad, other[name].grad)
     if tokens > G:
         far(outs[0], model.eval()(ids_BT).logits)
+
+
+def test_segments_are_no_mask_over_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding the model's attention runs on G tokens at most, causal by itself, and covers each head once."""
+    model, calls = training("llama", SEGMENTS), []
+    run = attend._run
+
+    def noted(inner: Any, call: attend.AttentionCall) -> Any:
+        rows, heads, tokens, _ = call.query_BHTD.shape
+        calls.append((rows * heads * tokens, tokens, call.key_BKSD.shape[2], call.mask))
+        return run(inner, call)
+
+    monkeypatch.setattr(attend, "_run", noted)
+    model(ids_of(2, 13))
+    assert all(tokens == keys <= G and mask is None for _, tokens, keys, mask in calls)
+    assert sum(work for work, *_ in calls) == 2 * (2 * 4 * 13)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

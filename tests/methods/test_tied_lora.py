@@ -233,7 +233,9 @@ def test_saves_as_plain_lora_on_request(arch: str, tmp_path: Path) -> None:
     import peft
 
     model, data = adapted(arch, graft.TiedLoRA(rank=4)), data_of(arch)
+    random = torch.get_rng_state()
     folder = graft.save(model, "a", tmp_path / "a", form="peft")
+    assert torch.equal(torch.get_rng_state(), random)
     assert type(model.adapters["a"].method) is graft.TiedLoRA
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)

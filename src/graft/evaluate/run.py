@@ -43,14 +43,6 @@ class Evaluation:
         )
         return "\n".join("  ".join(cells).rstrip() for cells in shown)
 
-    def renamed(self, old: str, new: str) -> Evaluation:
-        """The same with another label for an entry."""
-        scores, answers = (
-            {new if label == old else label: value for label, value in found.items()}
-            for found in (self.scores, self.answers)
-        )
-        return Evaluation(scores, answers)  # type: ignore[arg-type]
-
     def write(self, path: str | Path, rows: Sequence[Row]) -> None:
         """Every answer beside what is right, a JSON object for each row; the file appears whole or not at all.
 

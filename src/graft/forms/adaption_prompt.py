@@ -20,8 +20,8 @@ from graft.forms.targets import modules, value_of
 from graft.method import Delta, Method
 from graft.methods.llama_adapter import LlamaAdapter, PromptedDelta, UnprojectedDelta
 
-KINDS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
-"""The model types that peft knows, and the name of their attention."""
+KNOWN = {"LlamaConfig": "self_attn", "MistralConfig": "self_attn", "GPT2Config": "attn"}
+"""The configs of the models that peft's adaption prompts are for, and the name of their attention."""
 BELOW_ONE = 1.0 - 2**-24
 
 
@@ -91,7 +91,7 @@ def _gate(delta: PromptedDelta) -> Slot:
 
 def _known(model: nn.Module) -> str | None:
     """What peft calls the attention of this model, if it knows it and it is all the self-attention there is."""
-    name = KINDS.get(str(getattr(getattr(model, "config", None), "model_type", "")))
+    name = KNOWN.get(type(getattr(model, "config", None)).__name__)
     if name is None:
         return None
     own = {site.path for site in roles.sites(model) if site.role == "attention"}

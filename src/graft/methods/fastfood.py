@@ -85,13 +85,15 @@ class Projection(nn.Module):
         self.numel = numel
         length = 2 ** math.ceil(math.log2(numel))
         made = {
-            "sign": signs(key_of(seed, name, "sign"), min(size, length), device),
-            "order": permutation(key_of(seed, name, "order"), length, device),
-            "bell": bells(key_of(seed, name, "bell"), length, device),
+            "sign": (signs, min(size, length), torch.int8),
+            "order": (permutation, length, torch.int32),
+            "bell": (bells, length, torch.int16),
         }
-        for key, value in made.items():
-            self.register_buffer(key, value, persistent=False)
-        squares = 1 if self.bell.is_meta else int(self.bell.long().square().sum())
+        meta = torch.device(device or "cpu").type == "meta"
+        for use, (draw, count, dtype) in made.items():
+            value = torch.empty(count, dtype=dtype, device=device) if meta else draw(key_of(seed, name, use), count, device)
+            self.register_buffer(use, value, persistent=False)
+        squares = 1 if meta else int(self.bell.long().square().sum())
         self.factor = 1 / math.sqrt(squares * numel)
 
     def forward(self, vector_d: Tensor) -> Tensor:

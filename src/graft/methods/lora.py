@@ -227,14 +227,6 @@ class LoRADelta(Delta):
             self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
         self.waits = False
 
-    @torch.no_grad()
-    def turn(self, A_RI: Tensor, scale: float) -> None:
-        """Start from these rows of A and a zero B, at another rank and scale."""
-        self.rank, self.scale = len(A_RI), scale
-        self.A.data = A_RI.to(self.A).repeat(max(1, len(self.rows)), 1)
-        self.B.data = self.B.new_zeros(len(self.B), self.rank)
-        self.waits = False
-
     def pair(self) -> lora_init.Pair:
         """A (n k, I) and B (O, k) whose product is the change; k = r, or 2 r if the start is taken off again.
 

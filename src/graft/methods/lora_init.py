@@ -183,8 +183,7 @@ def start(method: Any, model: Any, adapter: Any, batches: Sequence[dict[str, Any
     ranks = {path: delta.rank for path, delta in waiting.items()}
     for path, A_RI in eva(model, sites, ranks, batches, rho=options["rho"], tau=options["tau"]).items():
         if len(A_RI):
-            alpha = _alpha(method, path, len(A_RI))
-            waiting[path].turn(A_RI, alpha / (math.sqrt(len(A_RI)) if method.rslora else len(A_RI)))
+            _turn(method, waiting[path], A_RI)
         else:
             bank_of(model).drop(adapter, path)
 
@@ -232,6 +231,16 @@ def _alpha(method: Any, path: str, rank: int) -> float:
     """A site's alpha at another rank than the one it was given for: alpha / rank stays."""
     given = vocabulary.pattern_value(method.rank_pattern, path, method.rank)
     return vocabulary.pattern_value(method.alpha_pattern, path, method.alpha) * rank / given
+
+
+@torch.no_grad()
+def _turn(method: Any, delta: Any, A_RI: Tensor) -> None:
+    """Start from these rows of A, for each part of a fused linear, and a zero B; rank and scale follow."""
+    rank = delta.rank = len(A_RI)
+    delta.scale = _alpha(method, delta.site.path, rank) / (math.sqrt(rank) if method.rslora else rank)
+    delta.A.data = A_RI.to(delta.A).repeat(max(1, len(delta.rows)), 1)
+    delta.B.data = delta.B.new_zeros(len(delta.B), rank)
+    delta.waits = False
 
 
 def _waiting(adapter: Any) -> dict[str, Any]:
