@@ -25,7 +25,7 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
         {"parts": ({"method": "bottleneck", "size": 5}, {"method": "prefix_tuning", "length": 3})},
     ],
     "lora_fa": [{"targets": "all-linear", "projected": True}],
-    "tied_lora": [{"train_A": False, "train_B": False}, {"share_A": False, "train_uv": False}],
+    "tied_lora": [{"train_A": False, "train_B": False, "share_A": False}, {"train_uv": False}],
     "vera": [{"targets": "all-linear"}],
     "multi_lora": [{"count": 3}, {"count": 3, "per_output": False}],
     # The gradient of a constant or vector B is a sum that cancels; the contract's bound in fp32 is too tight for it.

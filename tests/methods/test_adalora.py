@@ -151,7 +151,7 @@ def test_counts() -> None:
 def arguments(folder: Path, steps: int, **more: Any) -> TrainingArguments:
     settings = {"per_device_train_batch_size": 2, "learning_rate": 0.05, "max_steps": steps, "report_to": "none"}
     settings |= {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "save_steps": 3}
-    return TrainingArguments(**{**settings, **more})  # type: ignore[arg-type]
+    return TrainingArguments(**{**settings, **more})
 
 
 def trained(folder: Path, steps: int, resume: bool = False, **more: Any) -> Any:
@@ -159,7 +159,7 @@ def trained(folder: Path, steps: int, resume: bool = False, **more: Any) -> Any:
     model = lively("llama")
     graft.attach(model, graft.AdaLoRA(rank=4, target_rank=2, targets=QV, tinit=1, tfinal=2, delta_t=2), "a")
     rows = [{key: value[i] for key, value in batch("llama", rows=8).items()} for i in range(8)]
-    trainer = graft.GraftTrainer(model, arguments(folder, steps, **more), train_dataset=rows)  # type: ignore[arg-type]
+    trainer = graft.GraftTrainer(model, arguments(folder, steps, **more), train_dataset=rows)
     trainer.train(resume_from_checkpoint=resume)
     return model.eval()
 
@@ -258,7 +258,7 @@ def test_a_whole_training_equals_peft(arch: str) -> None:
         other.base_model.update_and_allocate(step)
         assert method.budget(step, 30, len(matrices(adapter))) == allocator.budget_schedule(step)[0]
         pattern = other.peft_config["default"].rank_pattern or {}
-        masks = {f"{site.path}.lora_E.default": delta.mask.tolist() for site, delta in adapter.items()}  # type: ignore[union-attr, operator]
+        masks = {f"{site.path}.lora_E.default": delta.mask.tolist() for site, delta in adapter.items()}
         assert pattern == {} or masks == pattern
         sizes.add(sum(sum(mask) for mask in masks.values()))
         for own, their in pairs:

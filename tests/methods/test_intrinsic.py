@@ -20,7 +20,12 @@ from graft.method import from_dict
 from graft.methods.fastfood import Projection, bells, key_of, permutation, signs, words
 from tiny import tiny
 
-ARCHS = ("llama", "gpt2", "bert", "t5", "mt5", "bart", "gemma3", "qwen3", "opt")
+# Half as wide as the tiny models: the dense transforms of a 99 x 32 embedding have 16 million values.
+_NARROW = {"hidden_size": 16, "intermediate_size": 24}
+NARROW: dict[str, dict[str, int]] = dict.fromkeys(("llama", "bert", "gemma3", "qwen3"), _NARROW)
+NARROW |= {"gpt2": {"n_embd": 16}, "opt": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16}}
+NARROW |= dict.fromkeys(("t5", "mt5"), {"d_model": 16, "d_ff": 24})
+NARROW["bart"] = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
 
 
 def intrinsic(size: int = 120, **options: Any) -> graft.IntrinsicDimension:
@@ -104,7 +109,7 @@ def test_lengths_are_kept(numel: int) -> None:
 
 def moved(arch: str, adapter: Any, *, grad: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     """A fresh base, and all of its tensors with the changes added, by the dense projections."""
-    model = lively(arch).double()
+    model = lively(arch, **NARROW[arch]).double()
     own: dict[str, Tensor] = {}
     shared = adapter.shared
     size = shared.vector.numel()
@@ -120,10 +125,10 @@ def moved(arch: str, adapter: Any, *, grad: bool = False) -> tuple[nn.Module, di
     return model, own
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", sorted(NARROW))
 @pytest.mark.parametrize("kind", ["said", "did"])
 def test_equals_a_model_with_all_tensors_moved(arch: str, kind: str) -> None:
-    model, data = adapted(arch, intrinsic(kind=kind, head=False)), data_of(arch)
+    model, data = adapted(arch, intrinsic(kind=kind, head=False), **NARROW[arch]), data_of(arch)
     model.double()
     hand, own = moved(arch, model.adapters["a"])
     want = torch.func.functional_call(hand, own, args=(), kwargs=data).logits
@@ -137,7 +142,7 @@ def test_equals_a_model_with_all_tensors_moved(arch: str, kind: str) -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bart"])
 def test_the_gradient_is_the_transpose_s(arch: str) -> None:
     """grad x = sum_i lambda_i P_i^T g_i and grad lambda_i = <g_i, P_i x>, with g_i of the model that moved itself."""
-    model, data = adapted(arch, intrinsic(head=False)), data_of(arch)
+    model, data = adapted(arch, intrinsic(head=False), **NARROW[arch]), data_of(arch)
     model.double()
     shared = model.adapters["a"].shared
     model(**data).logits.square().sum().backward()
@@ -201,11 +206,11 @@ def test_a_half_precision_base_keeps_its_dtype() -> None:
 
 
 def test_one_batch_is_learnt() -> None:
-    model, data = lively("llama"), data_of("llama", labels=True)
+    model, data = lively("llama"), data_of("llama", labels=True, rows=1)
     adapter = graft.attach(model, intrinsic(1500))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.03, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05, weight_decay=0.0)
     first = model(**data).loss.item()
-    for _ in range(150):
+    for _ in range(20):
         loss = model(**data).loss
         optimizer.zero_grad()
         loss.backward()

@@ -61,7 +61,9 @@ def test_formulas_of_both_kinds() -> None:
 def test_roles_names_and_layers_choose() -> None:
     final = graft.attach(tiny("llama"), graft.NormTuning(targets=("norm.final",)))
     assert list(final.sites) == ["model.norm"]
-    named = graft.attach(tiny("bert"), graft.NormTuning(targets=("LayerNorm",), exclude=("norm.embedding",), head=False))
+    named = graft.attach(
+        tiny("bert"), graft.NormTuning(targets=("LayerNorm",), exclude=("norm.embedding",), head=False)
+    )
     assert len(named.sites) == 4
     top = graft.attach(tiny("llama"), graft.NormTuning(layers=1))
     assert {site.layer for site, _ in top.items()} == {1}

@@ -233,6 +233,20 @@ def test_checkpoints_hold_the_adapter_alone_and_go_on_exactly(method: Any, tmp_p
     assert torch.allclose(fresh.eval()(ids).logits, whole.eval()(ids).logits, atol=1e-5)
 
 
+def test_going_back_to_an_older_checkpoint_writes_the_newer_one_again(tmp_path: Path) -> None:
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = started("llama")
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch")
+        trainer = GraftTrainer(model, args, train_dataset=features("llama"))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=resume)
+        assert [path.name for path in state.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+        assert not list(tmp_path.glob("*.partial"))
+        found.append(values(model))
+    assert same(*found, 0.0)
+
+
 class _StopAt(PrinterCallback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -1,6 +1,6 @@
 """peft's TRAINABLE_TOKENS: `trainable_tokens_delta` (N, D), whole rows, beside the input embedding.
 
-peft writes the same rows once more for every module that is tied to the embedding, and misses them if they are not there.
+peft writes the same rows once more for every module that is tied to the embedding, and warns if they are missing.
 
 Shape legend: N named tokens, D width.
 """
@@ -43,7 +43,7 @@ class TrainableTokensForm(Form):
         else:
             wrong = next((path for path in sorted(_targeted(model, named)) if path not in tied(model)), None)
         if wrong is not None:
-            raise AdapterFileError(f"target_modules: {wrong} is not the input embedding, whose rows alone can be trained")
+            raise AdapterFileError(f"target_modules: {wrong} is not the input embedding, whose rows alone train")
         return TrainableTokens(tokens=tuple(ids), head=False)
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:

@@ -91,7 +91,9 @@ class Projection(nn.Module):
         }
         meta = torch.device(device or "cpu").type == "meta"
         for use, (draw, count, dtype) in made.items():
-            value = torch.empty(count, dtype=dtype, device=device) if meta else draw(key_of(seed, name, use), count, device)
+            value = (
+                torch.empty(count, dtype=dtype, device=device) if meta else draw(key_of(seed, name, use), count, device)
+            )
             self.register_buffer(use, value, persistent=False)
         squares = 1 if meta else int(self.bell.long().square().sum())
         self.factor = 1 / math.sqrt(squares * numel)

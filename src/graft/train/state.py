@@ -155,7 +155,7 @@ def prune(folder: Path, keep: int | None, best: int | None) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, so that a kill half-way leaves none that looks whole."""
-    gone = checkpoint.with_name(checkpoint.name + PARTIAL)
+    gone = checkpoint.with_name(f"{checkpoint.name}.gone{PARTIAL}")  # a new one of this step may be half-written
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(checkpoint, gone)
     shutil.rmtree(gone, ignore_errors=True)

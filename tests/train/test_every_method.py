@@ -1,0 +1,109 @@
+"""Every registered method trains from YAML by its name: examples/<method>.yaml, through the command line.
+
+Each run repeats one batch of four rows. What is measured is their loss after it over that before it, both without
+dropout. The embedded base learns words; a tiny BERT and a tiny T5 learn labels, with their heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import graft.methods  # noqa: F401  fills the registry
+from examples import CANNOT
+from graft.base import load_tokenizer
+from graft.cli import app
+from graft.method import REGISTRY
+from tiny import tiny
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+METHODS = sorted(REGISTRY)
+UNDER = 0.1
+BOUNDS: dict[tuple[str, str], tuple[float, str]] = {}
+"""(method, base) -> another bound, and why."""
+IDS = {"vocab_size": 4096, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+TINY = {"bert": {"initializer_range": 0.2}, "t5": {"decoder_start_token_id": 1}}
+TEMPLATE = {"bert": "{mode: classification}", "t5": "{mode: classification, templates: ['{text}<|end|>']}"}
+SIZES = {"llama_adapter": ["method.layers=2"]}
+"""What the tiny models, of two layers, need in place of the example's settings."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT and a tiny T5, with the embedded base's tokenizer. BERT's usual start gives all rows one feature."""
+    folder = tmp_path_factory.mktemp("bases")
+    tokenizer = load_tokenizer("embedded")
+    for kind, more in TINY.items():
+        tiny(kind, **IDS, **more).save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    return folder
+
+
+def call(name: str, output: Path, changes: Sequence[str], code: int = 0) -> str:
+    """stderr of `graft train examples/NAME.yaml`, which must end with this code."""
+    arguments = ["train", str(EXAMPLES / f"{name}.yaml"), f"output={output}", "device=cpu", *changes]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    crashed = done.exception is not None and not isinstance(done.exception, SystemExit)
+    assert not crashed and done.exit_code == code, (done.exit_code, done.output, done.exception)
+    return done.stderr
+
+
+def ratio(name: str, output: Path, rows: str, changes: Sequence[str] = ()) -> float:
+    """The loss on the training rows after the run over that before it."""
+    file = EXAMPLES / rows
+    data = [f"data.train={file}", f"data.eval={file}", "data.limits.leaked=4", "train.eval_every=1000"]
+    call(name, output, [*data, *changes])
+    found = json.loads((output / "result.json").read_text())["metrics"]
+    return float(found["eval_loss"] / found["eval_loss_before"])
+
+
+def headed(name: str, arch: str, folders: Path) -> list[str]:
+    """What is said on the command line to train an example on a tiny classifier."""
+    base = [f"base={folders / arch}", f"data.template={TEMPLATE[arch]}", "train.max_steps=40", "train.save_every=40"]
+    return [*base, "train.lr=3e-2", *SIZES.get(name, [])]
+
+
+def refused_by(name: str, arch: str) -> str | None:
+    """What the refusal says, where the architecture cannot take the method; QLoRA's example quantizes its base."""
+    return None if name == "qlora" else CANNOT.get(name, {}).get(arch)
+
+
+def bound(name: str, base: str) -> float:
+    return BOUNDS.get((name, base), (UNDER, ""))[0]
+
+
+def test_each_method_has_one_example() -> None:
+    assert sorted(path.stem for path in EXAMPLES.glob("*.yaml")) == METHODS
+    for name in METHODS:
+        text = (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
+        method = yaml.safe_load(text)["method"]
+        assert (method if isinstance(method, str) else method["method"]) == name
+        assert f" {bound(name, 'embedded') * 100:.0f} %" in text, name
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if refused_by(name, "llama") is None or name == "head"])
+def test_on_the_embedded_base(name: str, tmp_path: Path) -> None:
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    rows = Path(yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["data"]["train"]).name
+    found = ratio(name, tmp_path / "run", rows)
+    print(f"RATIO embedded {name} {found:.4f}")
+    assert found < bound(name, "embedded")
+
+
+@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_tiny_classifier(name: str, arch: str, folders: Path, tmp_path: Path) -> None:
+    if refused_by(name, arch):
+        pytest.skip("refused, see below")
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    found = ratio(name, tmp_path / "run", "labels.jsonl", headed(name, arch, folders))
+    print(f"RATIO {arch} {name} {found:.4f}")
+    assert found < bound(name, arch)
