@@ -17,7 +17,7 @@ FLOORS = {
     0: ("errors", "ids", "weights", "vocabulary", "roles", "method"),
     1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt"),
     2: ("methods", "forms"),
-    3: ("base", "files*", "probe", "description", "combining", "merging"),
+    3: ("base", "files*", "probe", "description", "combining", "merging", "foreign"),
     4: ("data",),
     5: ("train", "align", "evaluate", "plan"),
     6: ("compare", "serve", "page", "cli", "quickstart", "chat", "convert", "__main__"),
@@ -132,7 +132,7 @@ def sizes(file: File) -> Iterator[str]:
 
 def module_names(file: File) -> Iterator[str]:
     """Regexes on module names and `model_type` only where the vocabulary is; forms and files have names of their own."""
-    if file.path in ("roles.py", "vocabulary.py"):
+    if file.path in ("roles.py", "vocabulary.py") or file.top == "foreign":
         return
     yield from (f"{line}: model_type" for line, word, _ in file.words() if re.search(r"\bmodel_type\b", word))
     if file.floor is not None and file.floor <= 3 and not file.top.startswith(("files", "forms")):
@@ -141,7 +141,7 @@ def module_names(file: File) -> Iterator[str]:
 
 def method_names(file: File) -> Iterator[str]:
     """No method's class outside methods/, forms/, files*.py and the package's __init__.py; in messages it is prose."""
-    if file.path == "__init__.py" or file.top in ("methods", "forms") or file.top.startswith("files"):
+    if file.path == "__init__.py" or file.top in ("methods", "forms", "foreign") or file.top.startswith("files"):
         return
     yield from (f"{line}: {word}" for line, word, _ in file.words() if word in file.methods)
 

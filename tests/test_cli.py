@@ -106,7 +106,7 @@ OPTIONS = {
     | {"--max-new-tokens", "--no-base", "--truncate", "--answers", "--precision", "--device", "--json"},
     "chat": {"--adapter", "--system", "--max-new-tokens", "--temperature", "--precision", "--device"},
     "merge": {"--untie", "--precision", "--device"},
-    "convert": {"--base", "--to", "--device"},
+    "convert": {"--base", "--to", "--from", "--alpha", "--parts", "--layers", "--rope-factor", "--device"},
     "schema": set(),
 }
 

@@ -28,6 +28,7 @@ if _typing.TYPE_CHECKING:
     from graft.ids import SLOT
     from graft.merging import merge, unmerge
     from graft.methods.adalora import AdaLoRA
+    from graft.methods.bitfit import BitFit
     from graft.methods.bottleneck import Bottleneck
     from graft.methods.dora import DoRA
     from graft.methods.full import FullFineTuning
@@ -35,17 +36,20 @@ if _typing.TYPE_CHECKING:
     from graft.methods.glora_search import extract_glora, search_glora
     from graft.methods.head import Head
     from graft.methods.ia3 import IA3
+    from graft.methods.intrinsic import IntrinsicDimension
     from graft.methods.llama_adapter import LlamaAdapter
     from graft.methods.long_lora import LongLoRA
     from graft.methods.lora import LoRA
     from graft.methods.lora_fa import LoRAFA
     from graft.methods.multi_lora import MultiLoRA
+    from graft.methods.norm_tuning import NormTuning
     from graft.methods.p_tuning import PTuning
     from graft.methods.p_tuning_v2 import PTuningV2
     from graft.methods.prefix import PrefixTuning
     from graft.methods.prompt import PromptTuning
     from graft.methods.tied_lora import TiedLoRA
     from graft.methods.top_layers import TopLayers
+    from graft.methods.trainable_tokens import TrainableTokens
     from graft.methods.vera import VeRA
     from graft.train.trainer import GraftTrainer
 
@@ -83,6 +87,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "AdapterFileError",
+    "BitFit",
     "Bottleneck",
     "ConfigError",
     "DataError",
@@ -93,12 +98,14 @@ __all__ = [
     "GraftTrainer",
     "Head",
     "IA3",
+    "IntrinsicDimension",
     "LlamaAdapter",
     "LoRA",
     "LoRAFA",
     "LongLoRA",
     "MergeError",
     "MultiLoRA",
+    "NormTuning",
     "PTuning",
     "PTuningV2",
     "PrefixTuning",
@@ -108,6 +115,7 @@ __all__ = [
     "SiteError",
     "TiedLoRA",
     "TopLayers",
+    "TrainableTokens",
     "TrainingError",
     "VeRA",
     "attach",

@@ -270,16 +270,28 @@ def merge(
 
 @verb
 def convert(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, peft's or Graft's.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or file.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new folder or file.")],
     base: Annotated[str, typer.Option(help="The base that the adapter was made for.")],
-    to: Annotated[str, typer.Option(help="graft (peft's files and graft.json) or peft (plain).")],
+    to: Annotated[str, typer.Option(help="graft, peft, adapterhub, loralib or llama-adapter.")],
+    source_form: Annotated[
+        str | None,
+        typer.Option("--from", help="adapterhub, loralib, llama-adapter or longlora; a folder of peft's or Graft's."),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="loralib: the lora_alpha of its layers.")] = None,
+    parts: Annotated[str | None, typer.Option(help="loralib: what a fused linear enables, as query,value.")] = None,
+    layers: Annotated[int | None, typer.Option(help="llama-adapter: how many top layers have prompts.")] = None,
+    rope_factor: Annotated[float | None, typer.Option(help="longlora: what positions are divided by.")] = None,
     device: Device = None,
 ) -> None:
-    """Write an adapter in the other form; what it cannot hold is named, never dropped."""
+    """Write an adapter in another form; what it cannot hold is named, never dropped."""
     from graft.convert import convert_adapter
 
-    typer.echo(f"{convert_adapter(adapter, output, base=base, to=to, device=device)}: in {to}'s form")
+    asked = {"alpha": alpha, "parts": None if parts is None else tuple(parts.split(",")), "layers": layers}
+    given = {name: value for name, value in {**asked, "rope_factor": rope_factor}.items() if value is not None}
+    done = convert_adapter(adapter, output, base=base, to=to, source_form=source_form, device=device, **given)
+    typer.echo(f"{done.path}: in {to}'s form")
+    _notes([f"it does not hold {what}" for what in done.lost])
 
 
 @verb

@@ -1,10 +1,12 @@
-"""Adapters to other forms: peft's folder to ours and back, and a base with an adapter merged in to a plain model."""
+"""Adapters to other forms: peft's, ours, other libraries'; and a base with an adapter merged in to a plain model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,41 +16,76 @@ from graft.errors import AdapterFileError, ConfigError, MergeError
 from graft.evaluate.opening import default_template, head_outputs, template_of
 from graft.files import load, read_card, save
 from graft.files_disk import CARD, fresh
+from graft.foreign import LABELS, OPTIONS, READERS, WRITERS
 from graft.merging import merge
 
-FORMS = ("graft", "peft")
+FORMS = ("graft", "peft", *WRITERS)
+CARD_HOLDS = {"template": "the prompt template", "base": "the fingerprint of the base", "probe": "the probe"}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def convert_adapter(source: str, output: str, *, base: str, to: str, device: str | None = None) -> Path:
-    """Write an adapter again in the other form; both compute exactly the same.
+@dataclass(frozen=True)
+class Converted:
+    """What was written, and what of the adapter it cannot hold: whoever loads it must be told, or goes without."""
+
+    path: Path
+    lost: tuple[str, ...]
+
+
+def convert_adapter(
+    source: str,
+    output: str,
+    *,
+    base: str,
+    to: str,
+    source_form: str | None = None,
+    device: str | None = None,
+    **options: Any,
+) -> Converted:
+    """Write an adapter again in another form; both compute exactly the same.
 
     Args:
-        source: a folder, peft's or ours.
-        output: a folder that does not exist.
+        source: a folder or file.
+        output: a folder or file that does not exist.
         base: the base that the adapter was made for: its fingerprint and probe are checked, and stored in our form.
-        to: "graft" (peft's two files where peft has the method, and `graft.json`), or "peft" (the two files alone).
+        to: "graft" (peft's two files where peft has the method, and `graft.json`), "peft" (the two files alone),
+            "adapterhub", "loralib" or "llama-adapter".
+        source_form: "adapterhub", "loralib", "llama-adapter" or "longlora"; None: peft's or ours.
+        options: what the source's form does not hold and asks for: `alpha` and `parts` (loralib), `layers`
+            (llama-adapter), `rope_factor` (longlora).
 
     Raises:
-        AdapterFileError: the source is broken or for another base, peft's form cannot hold it (it says what), or the
+        AdapterFileError: the source is broken or for another base, the form cannot hold it (it says what), or the
             output exists.
-        ConfigError: an unknown form or base.
+        ConfigError: an unknown form or base, or an option that the source's form needs or does not know.
     """
     if to not in FORMS:
-        raise ConfigError(f"--to: {to!r} is no form; use {' or '.join(FORMS)}")
+        raise ConfigError(f"--to: {to!r} is no form; use {', '.join(FORMS[:-1])} or {FORMS[-1]}")
+    if source_form is not None and source_form not in READERS:
+        raise ConfigError(f"--from: {source_form!r} is no form; use {', '.join(READERS)}, or leave it out for peft's")
+    for option in options:
+        if option not in OPTIONS.get(source_form or "", ()):
+            owner = next((form for form, names in OPTIONS.items() if option in names), None)
+            hint = f"it is for --from {owner}" if owner else "no form asks for it"
+            raise ConfigError(f"--{option.replace('_', '-')}: {hint}")
     _free(Path(output))
-    template = template_of(source)
-    model = load_base(base, precision=_stored_precision(base), device=device, num_labels=head_outputs(source, template))
-    adapter = load(model, source)
-    if card := read_card(source):
+    template = None if source_form else template_of(source)
+    labels = LABELS.get(source_form, lambda _: None)(source) if source_form else head_outputs(source, template)
+    model = load_base(base, precision=_stored_precision(base), device=device, num_labels=labels)
+    adapter = READERS[source_form](model, source, **options) if source_form else load(model, source)
+    card = {} if source_form else read_card(source)
+    if card:
         probe.check_probe(model, card.get("probe"), adapter.name)
     if to == "graft":
         chosen = template or default_template(model, load_tokenizer(base))
-        return save(model, adapter.name, output, template=chosen.to_dict())
+        return Converted(save(model, adapter.name, output, template=chosen.to_dict()), ())
+    lost = tuple(what for field, what in CARD_HOLDS.items() if card.get(field))
+    if to in WRITERS:
+        return Converted(Path(output), (*WRITERS[to](model, adapter.name, output), *lost))
     with _written(Path(output)) as folder:
         save(model, adapter.name, folder, form="peft")
         (folder / CARD).unlink()
-    return Path(output)
+    return Converted(Path(output), lost)
 
 
 def merge_folder(

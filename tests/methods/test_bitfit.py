@@ -158,7 +158,7 @@ def test_errors() -> None:
     for arch in ("llama", "t5", "gemma2"):  # T5's relative_attention_bias is a table, not a bias vector
         with pytest.raises(graft.SiteError, match="has no biases at all"):
             graft.attach(tiny(arch), graft.BitFit())
-    with pytest.raises(graft.SiteError, match="Qwen2ForCausalLM has no bias at ffn.up"):
+    with pytest.raises(graft.SiteError, match=r"Qwen2ForCausalLM has no bias at ffn.up"):
         graft.attach(tiny("qwen2"), graft.BitFit(biases="query_ffn"))
     with pytest.raises(graft.ConfigError, match="biases is one of all, query_ffn, not 'lora_only'"):
         graft.BitFit(biases="lora_only")
@@ -174,7 +174,7 @@ def test_experts_with_biases_are_refused() -> None:
     model = tiny("llama")
     for layer in model.model.layers:
         layer.mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
-    with pytest.raises(graft.SiteError, match="experts.0 is an expert"):
+    with pytest.raises(graft.SiteError, match=r"experts.0 is an expert"):
         graft.attach(model, graft.BitFit())
 
 

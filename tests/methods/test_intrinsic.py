@@ -24,7 +24,7 @@ from tiny import tiny
 _NARROW = {"hidden_size": 16, "intermediate_size": 24}
 NARROW: dict[str, dict[str, int]] = dict.fromkeys(("llama", "bert", "gemma3", "qwen3"), _NARROW)
 NARROW |= {"gpt2": {"n_embd": 16}, "opt": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16}}
-NARROW |= dict.fromkeys(("t5", "mt5"), {"d_model": 16, "d_ff": 24})
+NARROW |= {arch: {"d_model": 16, "d_ff": 24} for arch in ("t5", "mt5")}
 NARROW["bart"] = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
 
 
@@ -275,7 +275,7 @@ def test_errors() -> None:
     with pytest.raises(graft.ConfigError, match="size=28 leaves no coordinates, SAID has a scale for each of the 28"):
         graft.attach(tiny("gpt2"), intrinsic(28))
     assert graft.attach(tiny("gpt2"), intrinsic(29)).trainable == 29
-    with pytest.raises(graft.SiteError, match="gate.weight belongs to a MixtralTopKRouter, which is no linear"):
+    with pytest.raises(graft.SiteError, match=r"gate.weight belongs to a MixtralTopKRouter, which is no linear"):
         graft.attach(tiny("mixtral"), intrinsic())
     with pytest.raises(graft.SiteError, match="cls_token belongs to a ViTEmbeddings"):
         graft.attach(tiny("vit"), intrinsic())
@@ -291,7 +291,7 @@ def test_a_weight_that_is_used_without_its_module_is_noticed() -> None:
     layer = model.model.layers[0].self_attn
     layer.extra = Bare(32, 32, bias=False)
     graft.attach(model, intrinsic(), "a")
-    with pytest.raises(graft.RouteError, match="self_attn.extra; the model bypasses them"):
+    with pytest.raises(graft.RouteError, match=r"self_attn.extra; the model bypasses them"):
         model(**data_of("llama"))
 
 

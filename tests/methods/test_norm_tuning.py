@@ -114,7 +114,7 @@ def test_errors() -> None:
     with pytest.raises(graft.SiteError, match="NormTuning trains norms, and Linear is none"):
         graft.attach(tiny("llama"), graft.NormTuning(targets=("q_proj",)))
     for arch in ("bert", "roberta", "opt"):
-        with pytest.raises(graft.SiteError, match="peft names no norms for .*give target_modules"):
+        with pytest.raises(graft.SiteError, match=r"peft names no norms for .*give target_modules"):
             graft.attach(tiny(arch), graft.NormTuning(), peft_compat=True)
     with pytest.raises(graft.ConfigError, match="targets is empty"):
         graft.attach(tiny("llama"), graft.NormTuning(targets=()))
@@ -206,5 +206,5 @@ def test_our_own_adapter_is_a_peft_folder(arch: str, tmp_path: Path) -> None:
 
 def test_a_folder_whose_target_is_no_norm_is_refused(tmp_path: Path) -> None:
     peft_twin("llama", theirs("llama", target_modules=["norm", "q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(graft.AdapterFileError, match="q_proj is a Linear and no norm.*modules_to_save"):
+    with pytest.raises(graft.AdapterFileError, match=r"q_proj is a Linear and no norm.*modules_to_save"):
         graft.load(lively("llama"), tmp_path)

@@ -201,7 +201,7 @@ def new_data(arch: str) -> dict[str, Tensor]:
 
 def test_a_base_without_the_new_rows_is_refused_and_says_what_to_do(folder: Any) -> None:
     arch, path, _ = folder
-    message = rf"102 tokens in its embedding, here it has 99: call model.resize_token_embeddings\(102\) first"
+    message = r"102 tokens in its embedding, here it has 99: call model.resize_token_embeddings\(102\) first"
     with pytest.raises(graft.AdapterFileError, match=message):
         graft.load(tiny(arch), path)
     with pytest.raises(graft.AdapterFileError, match=r"token 101 has no row, .* ends at 98; call model.resize_token"):

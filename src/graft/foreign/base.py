@@ -122,7 +122,9 @@ def fill(slots: Slots, tensors: dict[str, Tensor], where: Path) -> None:
         if key not in slots:
             raise AdapterFileError(f"{where}: {key} {tuple(tensor.shape)} has no place in this adapter or this model")
         if tuple(tensor.shape) != slots[key].shape:
-            raise AdapterFileError(f"{where}: {key} has shape {tuple(tensor.shape)}, this model needs {slots[key].shape}")
+            raise AdapterFileError(
+                f"{where}: {key} has shape {tuple(tensor.shape)}, this model needs {slots[key].shape}"
+            )
     missing = [key for key, slot in slots.items() if key not in tensors and not slot.optional]
     if missing:
         raise AdapterFileError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -150,13 +152,13 @@ def filled(
     """
     with probe.random_kept(model):
         try:
-            adapter = attach(model, method, name, trainable=trainable)  # type: ignore[arg-type]
+            adapter = attach(model, method, name, trainable=trainable)
         except SiteError as error:
             raise AdapterFileError(f"{where}: {error}") from error
     try:
         take(adapter)
     except BaseException:
-        detach(model, name)  # type: ignore[arg-type]
+        detach(model, name)
         raise
     return adapter
 

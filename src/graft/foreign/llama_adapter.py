@@ -87,7 +87,9 @@ def write_llama_adapter(model: nn.Module, name: str, file: str | Path) -> tuple[
     deltas = _deltas(adapter)
     depth = len(roles.blocks(model)["decoder"])
     if sorted(deltas) != list(range(depth - len(deltas), depth)):
-        raise AdapterFileError(f"adapter {name!r} has prompts in layers {sorted(deltas)}; {FORM}'s stand in the top ones")
+        raise AdapterFileError(
+            f"adapter {name!r} has prompts in layers {sorted(deltas)}; {FORM}'s stand in the top ones"
+        )
     write_state(Path(file), _slots(model, deltas))
     return f"adapter_len={method.length}", f"adapter_layer={len(deltas)}"
 
@@ -120,7 +122,7 @@ def _deltas(adapter: Adapter) -> dict[int, LlamaAdapterDelta]:
 
 
 def _slots(model: nn.Module, deltas: dict[int, LlamaAdapterDelta]) -> Slots:
-    prompts = [delta.prompt for delta in deltas.values()]
+    prompts: list[Tensor] = [delta.prompt for delta in deltas.values()]
     length, width = prompts[0].shape
 
     def spread(new: Tensor) -> None:
@@ -150,6 +152,8 @@ def _unused(layer: int, heads: int) -> Slot:
 
     def check(new: Tensor) -> Any:
         if bool(new.any()):
-            raise AdapterFileError(f"the gate of layer {layer} is not zero, so it has prompts: layers is another number")
+            raise AdapterFileError(
+                f"the gate of layer {layer} is not zero, so it has prompts: layers is another number"
+            )
 
     return Slot((1, heads, 1, 1), lambda: torch.zeros(1, heads, 1, 1), check, optional=True, expected=True)

@@ -113,5 +113,7 @@ def _linear(config: dict[str, Any], where: Path) -> float:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     factor = scaling.get("factor", 1.0) if kind == "linear" else 1.0
     if kind not in ("default", "linear") or type(factor) not in (int, float) or factor <= 0:
-        raise AdapterFileError(f"{where}: rope_scaling {scaling!r} does not divide positions by a number; give rope_factor")
+        raise AdapterFileError(
+            f"{where}: rope_scaling {scaling!r} does not divide positions by a number; give rope_factor"
+        )
     return float(factor)

@@ -134,7 +134,9 @@ def write_loralib(model: nn.Module, name: str, file: str | Path) -> tuple[str, .
         )
     write_state(Path(file), slots)
     lost = [f"lora_alpha={number(one)}"]
-    lost += [f"enable_lora={on} in {path}" for path, on in enabled.items()]
+    for on in {tuple(each): None for each in enabled.values()}:
+        first, *others = [path for path, each in enabled.items() if tuple(each) == on]
+        lost.append(f"enable_lora={list(on)} in {first}" + (f" and {len(others)} more" if others else ""))
     dropout = getattr(adapter.method, "dropout", 0.0)
     return (*lost, *([f"lora_dropout={dropout}"] if dropout else []))
 

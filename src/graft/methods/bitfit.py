@@ -1,6 +1,6 @@
 """BitFit: only the bias vectors train (Ben Zaken et al. 2021, arXiv 2106.10199).
 
-    y = W x + b',   and for a norm   y = g * normed(x) + b';   b' (O) starts at the base's b
+    y = W x + b',   and for a norm   y = g * normed(x) + b';   x (B, T, I), b' (O) starts at the base's b
 
 Every bias of a linear or a norm has a trained copy beside the frozen original, so that adapters with other biases share
 one base and mix in a batch; the paper trains them in place. The paper's smaller variant ("b_q, b_m2") has the query's

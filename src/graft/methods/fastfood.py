@@ -91,16 +91,14 @@ class Projection(nn.Module):
         }
         meta = torch.device(device or "cpu").type == "meta"
         for use, (draw, count, dtype) in made.items():
-            value = (
-                torch.empty(count, dtype=dtype, device=device) if meta else draw(key_of(seed, name, use), count, device)
-            )
-            self.register_buffer(use, value, persistent=False)
+            key, empty = key_of(seed, name, use), torch.empty(count if meta else 0, dtype=dtype, device=device)
+            self.register_buffer(use, empty if meta else draw(key, count, device), persistent=False)
         squares = 1 if meta else int(self.bell.long().square().sum())
         self.factor = 1 / math.sqrt(squares * numel)
 
     def forward(self, vector_d: Tensor) -> Tensor:
         """P x, (D), for x (d)."""
-        return _Fastfood.apply(vector_d, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Fastfood.apply(vector_d, self)
 
 
 class _Fastfood(torch.autograd.Function):

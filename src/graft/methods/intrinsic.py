@@ -273,7 +273,7 @@ def _check(path: str, module: nn.Module, name: str, modules: dict[str, nn.Module
 
 
 def _idle(site: Site, found: list[Site]) -> bool:
-    """A module that only owns what another one uses: T5's `shared` beside the tables of its stacks, an LM head's bias."""
+    """A module that only owns what another one uses: T5's `shared` beside its stacks' tables, an LM head's bias."""
     if kind_of(site.module) == "any":
         return True
     weight = getattr(site.module, "weight", None)

@@ -93,7 +93,7 @@ class TrainableTokens(Method):
     def sites(self, build: Build) -> list[Site]:
         model: Any = build.model
         ids, where = self.ids(), type(model).__name__
-        source = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        source: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         every = [site for site in roles.sites(model) if site.role in ("embedding", "head") and is_embedding(source)]
         found = [site for site in every if getattr(site.module, "weight", None) is source.weight]
         found = [site for site in found if is_embedding(site.module) or is_linear(site.module)]
