@@ -131,7 +131,7 @@ def sizes(file: File) -> Iterator[str]:
 
 
 def module_names(file: File) -> Iterator[str]:
-    """Regexes on module names and `model_type` only where the vocabulary is; forms and files have names of their own."""
+    """Regexes on module names and `model_type` only where the vocabulary is; files have names of their own."""
     if file.path in ("roles.py", "vocabulary.py") or file.top == "foreign":
         return
     yield from (f"{line}: model_type" for line, word, _ in file.words() if re.search(r"\bmodel_type\b", word))
@@ -140,7 +140,7 @@ def module_names(file: File) -> Iterator[str]:
 
 
 def method_names(file: File) -> Iterator[str]:
-    """No method's class outside methods/, forms/, files*.py and the package's __init__.py; in messages it is prose."""
+    """No method's class outside methods/, forms/, foreign/, files*.py and __init__.py; in messages it is prose."""
     if file.path == "__init__.py" or file.top in ("methods", "forms", "foreign") or file.top.startswith("files"):
         return
     yield from (f"{line}: {word}" for line, word, _ in file.words() if word in file.methods)

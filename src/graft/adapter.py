@@ -144,7 +144,7 @@ class Adapter(nn.Module):
                 for their, theirs in other.items():  # type: ignore[operator]
                     if what := _conflict(site.path, delta, their.path, theirs):
                         names = f"{other.method.name} and {adapter.method.name}"  # type: ignore[union-attr]
-                        raise ConfigError(f"{self.method.name}: {names} cannot be composed: {what}; leave it out of one")
+                        raise ConfigError(f"{self.method.name}: {names} do not go together: {what}; leave it out")
         if 1.0 != adapter.stretch != self.stretch != 1.0:
             raise ConfigError(
                 f"{self.method.name}: parts divide positions by {self.stretch:g} and by {adapter.stretch:g}; choose one"

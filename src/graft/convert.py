@@ -70,7 +70,10 @@ def convert_adapter(
             raise ConfigError(f"--{option.replace('_', '-')}: {hint}")
     _free(Path(output))
     template = None if source_form else template_of(source)
-    labels = LABELS.get(source_form, lambda _: None)(source) if source_form else head_outputs(source, template)
+    if source_form is None:
+        labels = head_outputs(source, template)
+    else:
+        labels = LABELS[source_form](source) if source_form in LABELS else None
     model = load_base(base, precision=_stored_precision(base), device=device, num_labels=labels)
     adapter = READERS[source_form](model, source, **options) if source_form else load(model, source)
     card = {} if source_form else read_card(source)

@@ -128,7 +128,7 @@ def test_merges_into_plain_weights_on_request_only(
     perturb(model.adapters["a"], 1)
     with torch.no_grad():
         before = model(IDS).logits.float()
-        with pytest.raises(graft.MergeError, match="is quantized .* into='bf16'"):
+        with pytest.raises(graft.MergeError, match=r"is quantized .* into='bf16'"):
             graft.merge(model, "a")
         graft.merge(model, "a", into="fp32")
         assert not any(quantized(module) for module in model.modules())

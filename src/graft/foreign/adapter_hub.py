@@ -65,14 +65,7 @@ INERT |= {"inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W", "shared
 INERT |= {"factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm", "hypercomplex_nonlinearity", "phm_rank"}
 INERT |= {"phm_bias"}
 """Fields of the start, and those that count only beside one that is refused."""
-OFF: dict[str, Any] = {
-    "ln_before": False,
-    "ln_after": False,
-    "use_gating": False,
-    "phm_layer": False,
-    "inv_adapter": None,
-}
-OFF |= {"dropout": 0.0, "stochastic_depth": 0.0}
+OFF = {"ln_before", "ln_after", "use_gating", "phm_layer", "inv_adapter", "dropout", "stochastic_depth"}
 """What an adapter of the library must not use."""
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "silu", "tanh": "tanh"}
 LEGACY = {".attention_text_task_adapters.": ".adapters.", ".layer_text_task_adapters.": ".adapters."}
@@ -344,16 +337,12 @@ def _config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         )
     layers = {site.layer for site in sites}
     left_out = [layer for layer in range(max(map(len, stacks.values()))) if layer not in layers]
-    return (
-        DEFAULTS
-        | OFF
-        | {
-            **KINDS[method.kind],
-            "cross_adapter": any(site.role.startswith("cross_") for site in sites),
-            "init_weights": "mam_adapter" if method.kind == "parallel" else "bert",
-            "leave_out": left_out,
-            "non_linearity": method.activation,
-            "reduction_factor": _factor(max(1, method.size), sites[0].out_features),
-            "scaling": float(method.factor),
-        }
-    )
+    return DEFAULTS | {
+        **KINDS[method.kind],
+        "cross_adapter": any(site.role.startswith("cross_") for site in sites),
+        "init_weights": "mam_adapter" if method.kind == "parallel" else "bert",
+        "leave_out": left_out,
+        "non_linearity": method.activation,
+        "reduction_factor": _factor(max(1, method.size), sites[0].out_features),
+        "scaling": float(method.factor),
+    }

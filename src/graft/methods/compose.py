@@ -45,7 +45,9 @@ class Compose(Method):
     peft_type: ClassVar[str] = "COMPOSE"
     paper: ClassVar[str] = "He et al. 2022, arXiv 2110.04366"
 
-    def __init__(self, *methods: Method, parts: Sequence[Any] = (), rates: Sequence[float] = (), **settings: Any) -> None:
+    def __init__(
+        self, *methods: Method, parts: Sequence[Any] = (), rates: Sequence[float] = (), **settings: Any
+    ) -> None:
         made = tuple(from_dict(dict(part)) if isinstance(part, dict) else part for part in (*methods, *parts))
         values = {field.name: field.default for field in dataclasses.fields(self)} | settings
         if unknown := set(settings) - {field.name for field in dataclasses.fields(self)}:

@@ -3,8 +3,8 @@
     y = x dequant(W)^T + s x A^T B^T,   A (R, I), B (O, R)
 
 W stays as NF4 codes with double-quantized scales, 4.127 bits for each value; gradients flow through the dequantized
-weight to x and never to W. It is LoRA with the paper's settings, and it refuses a base that is not quantized: on a plain
-base, and for int8, LoRA itself is the same method.
+weight to x, never to W. It is LoRA with the paper's settings, and it refuses a base that is not quantized: there LoRA
+itself is the same method.
 
 Shape legend: I in, O out, R rank.
 """
