@@ -273,7 +273,7 @@ def test_blocks_of_a_fused_linear_are_exact(tmp_path: Path) -> None:
         ("llama", {"num_hidden_layers": 3}, "3 layers.*num_hidden_layers: 2 and 3"),
         ("mistral", {}, "LlamaForCausalLM.*MistralForCausalLM"),
         ("gpt2", {}, "LlamaForCausalLM.*GPT2LMHeadModel"),
-        ("llama", {"vocab_size": 120}, "vocab_size"),
+        ("llama", {"vocab_size": 120}, "values of model.embed_tokens.weight"),
         ("llama", {"initializer_range": 0.03}, "they differ in the values of"),
     ],
 )

@@ -24,7 +24,7 @@ MORE: list[Method] = [
     graft.LoRA(rank=2, targets=("ffn.down", "embedding"), layers=None, head=False),
     graft.LoRA(rank=2, targets="all-linear", exclude=("ffn.down",), bias="all", rslora=True, dropout=0.1),
     graft.LoRA(
-        rank=2, rank_pattern={"b.*": 3, "a.*": 1}, alpha_pattern={"1.*": 3.5}, layers=range(1, 2), init="gaussian"
+        rank=2, rank_pattern={"v.*": 3, "q.*": 1}, alpha_pattern={"v.*": 3.5}, layers=range(1, 2), init="gaussian"
     ),
     graft.PrefixTuning(length=2, hidden=5),
     graft.PromptTuning(length=2, init="vocab"),
