@@ -15,12 +15,12 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 # Floor -> modules and folders at the top of the package. A new one must be put here.
 FLOORS = {
     0: ("errors", "ids", "weights", "vocabulary", "roles", "method"),
-    1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt"),
+    1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt", "texts"),
     2: ("methods", "forms"),
     3: ("base", "files*", "probe", "description", "combining", "merging", "foreign"),
     4: ("data",),
     5: ("train", "align", "evaluate", "plan"),
-    6: ("compare", "serve", "page", "cli", "quickstart", "chat", "convert", "__main__"),
+    6: ("compare", "measure", "serve", "page", "cli", "quickstart", "chat", "convert", "__main__"),
 }
 REGISTRY_FILLS_ITSELF = ("method", "methods")  # the one import upwards: the registry looks a method up by name
 FILE_LINES, FUNCTION_LINES = 400, 60

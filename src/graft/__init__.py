@@ -50,6 +50,7 @@ if _typing.TYPE_CHECKING:
     from graft.methods.tied_lora import TiedLoRA
     from graft.methods.top_layers import TopLayers
     from graft.methods.trainable_tokens import TrainableTokens
+    from graft.methods.unipelt import UniPELT
     from graft.methods.vera import VeRA
     from graft.train.trainer import GraftTrainer
 
@@ -117,6 +118,7 @@ __all__ = [
     "TopLayers",
     "TrainableTokens",
     "TrainingError",
+    "UniPELT",
     "VeRA",
     "attach",
     "combine",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft import roles
 from graft.errors import SiteError
+from graft.hooks import Tap
 from graft.method import AttentionDelta
 from graft.roles import Site
+from graft.texts import Texts, side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +43,9 @@ class AttentionCall:
 
     `mask` is None, a bool mask (True: visible) or an additive one, broadcastable to (B, H, T, S). `past` is the number
     of cached tokens before the first query. `options` goes to the model's own function as it came. `queries` says which
-    of a packed batch's tokens the queries are, None for all; `front` how many rows stand in front of the keys.
+    of a packed batch's tokens the queries are, None for all; `front` how many rows stand in front of the keys. `input`
+    (B, T, width), what the module was called with, and the `texts` (B, T) of the queries are there if a delta of the
+    module reads texts.
     """
 
     module: nn.Module
@@ -52,6 +57,8 @@ class AttentionCall:
     options: dict[str, Any]
     queries: Tensor | None = None
     front: int = 0
+    input: Tensor | None = None
+    texts: Texts | None = None
 
 
 class Seat:
@@ -62,9 +69,21 @@ class Seat:
         self.path = path
         self.deltas: dict[str, AttentionDelta] = {}
         self.biased: list[Any] = [biased]  # in a list: a seat is no module and must not be walked as one
+        self.tap: Tap | None = None
+        self.side = ""
 
     def acts(self, entry: Any) -> tuple[str, ...]:
         return tuple(name for name, _ in self.bank.leaves(entry) if name in self.deltas)
+
+    def read(self) -> dict[str, Any]:
+        """What a call has besides for deltas that read texts."""
+        if self.tap is None or self.tap.value is None:
+            return {}
+        x, self.tap.value = self.tap.value, None
+        names = {name for entry in set(self.bank.current.entries) for name in self.acts(entry)}
+        if not any(self.deltas[name].reads_texts for name in names):
+            return {}
+        return {"input": x, "texts": self.bank.texts_at(self.side, x)}
 
 
 def _through(kind: str) -> Callable[..., Result]:
@@ -76,7 +95,7 @@ def _through(kind: str) -> Callable[..., Result]:
         if seat is None or seat.bank.asleep:
             return inner(module, query, key, value, attention_mask, **options)
         seat.bank.visit(seat.path)
-        call = AttentionCall(module, query, key, value, attention_mask, seat.bank.past, options)
+        call = AttentionCall(module, query, key, value, attention_mask, seat.bank.past, options, **seat.read())
         return _attend(seat, call, lambda c: _run(inner, c))
 
     return attention
@@ -108,7 +127,7 @@ def _attend(seat: Seat, call: AttentionCall, base: Callable[[AttentionCall], Res
         call = dataclasses.replace(call, mask=explicit_mask(call))
     for names, parts in kinds.items():
         index = torch.cat(parts)
-        out, weight = _chain(seat, names, base)(_slice(call, index, dim))
+        out, weight = _chain(seat, names, base)(part_of(call, index, dim))
         outs.append(out)
         weights.append(weight)
         order.append(index)
@@ -140,7 +159,7 @@ class _Link:
         return self.delta.attend(call, self.rest)
 
 
-def _slice(call: AttentionCall, index: Tensor, dim: int) -> AttentionCall:
+def part_of(call: AttentionCall, index: Tensor, dim: int) -> AttentionCall:
     """The call for some rows (dim 0), or for some queries that still see all keys (dim 2)."""
     size = call.query_BHTD.shape[dim]
 
@@ -149,13 +168,16 @@ def _slice(call: AttentionCall, index: Tensor, dim: int) -> AttentionCall:
         return tensor.index_select(dim, index) if wanted else tensor
 
     whole = dim == 2
+    queries = index if call.queries is None else call.queries.index_select(0, index)
     return dataclasses.replace(
         call,
         query_BHTD=cut(call.query_BHTD),
         key_BKSD=call.key_BKSD if whole else cut(call.key_BKSD),
         value_BKSD=call.value_BKSD if whole else cut(call.value_BKSD),
         mask=cut(call.mask),
-        queries=index if whole else call.queries,
+        queries=queries if whole else call.queries,
+        input=None if call.input is None else call.input.index_select(int(whole), index),
+        texts=None if call.texts is None else call.texts.pick(index, int(whole)),
         options={**call.options, "position_bias": cut(call.options["position_bias"])}
         if "position_bias" in call.options
         else call.options,
@@ -226,6 +248,10 @@ def seat(model: PreTrainedModel, bank: Bank, site: Site, name: str, delta: Atten
         here = Seat(bank, site.path, _bias_source(model, site))
         site.module.__dict__["_graft_seat"] = here
     here.deltas[name] = delta
+    if delta.reads_texts and here.tap is None:
+        first = list(inspect.signature(type(site.module).forward).parameters)[1]
+        here.tap, here.side = Tap(bank, first), side(model, site)
+        bank.hook(f"{site.path}:input", site.module.register_forward_pre_hook(here.tap.before, with_kwargs=True))
 
 
 def check(model: PreTrainedModel, site: Site) -> None:
@@ -248,6 +274,10 @@ def unseat(model: nn.Module, bank: Bank, site: Site, name: str) -> None:
     if here is None:
         return
     here.deltas.pop(name, None)
+    if here.tap is not None and not any(delta.reads_texts for delta in here.deltas.values()):
+        here.tap = None
+        for handle in here.bank.handles.pop(f"{site.path}:input", []):
+            handle.remove()
     if not here.deltas:
         del site.module.__dict__["_graft_seat"]
     if not any("_graft_seat" in module.__dict__ for module in model.modules()):

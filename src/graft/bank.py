@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graft import attend, freeze, positions, roles, slots
+from graft import attend, freeze, positions, roles, slots, texts
 from graft.adapter import Adapter as Adapter
 from graft.adapter import key_of as key_of
 from graft.errors import RouteError
@@ -45,6 +45,9 @@ class Bank(nn.Module):
         self.past: Any = 0
         self.prompted = False
         self.shifted = False
+        self.averages = False
+        self.inside = False
+        self.masks: dict[str, Any] = {}
         self.hooks: dict[str, SiteHook] = {}
         self.handles: dict[str, list[RemovableHandle]] = {}
         self.originals: list[Any] | None = None
@@ -102,6 +105,10 @@ class Bank(nn.Module):
         """The entry of each of `size` rows under the current route."""
         return [self.current.entries[i] for i in self.current.owner(size)]
 
+    def texts_at(self, side: str, x_NI: Tensor) -> texts.Texts:
+        """The texts of a module's input, whose padding the mask `side` says."""
+        return texts.texts_of(self.current, self.masks.get(side), self.batch, x_NI)
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, root: bool, module: nn.Module) -> None:
         """Note what a forward brings; a batch that does not fit the route is refused here."""
         first = (*args[:1], *(kwargs.get(key) for key in INPUTS))
@@ -115,6 +122,9 @@ class Bank(nn.Module):
         self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
         self.shifted = any(self[name].shift or self[name].stretch != 1.0 for name in self.current.names)
         self.slots.active = None
+        if self.averages and (root or not self.inside):  # inside another forward the masks are that one's
+            self.masks = self.masks | texts.masks_of(module, args, kwargs)
+        self.inside = self.inside or root
         if self.prompted and not self.asleep and kwargs.get("inputs_embeds") is not None:
             raise RouteError(
                 "a row has a soft prompt but the model got inputs_embeds; pass the input_ids that graft.prepare returns"
@@ -133,6 +143,7 @@ class Bank(nn.Module):
 
     def end(self, module: nn.Module) -> None:
         """After the first forward: every site of a new adapter must have run, or it is there in name only."""
+        self.inside = False
         visited, self.visited = self.visited, None
         if visited is None or freeze.drops_layers(module):
             return
@@ -162,11 +173,13 @@ class Bank(nn.Module):
     def snapshot(self) -> tuple[Any, ...]:
         """What a recomputed part of a forward has to find again."""
         drawn = [(drawer, drawer.drawn) for drawer in self._drawers()]
-        return self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep, drawn
+        state = self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep, self.masks
+        return *state, drawn
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Put a snapshot back."""
-        self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep, drawn = state
+        *now, self.masks, drawn = state
+        self.current, self.past, self.batch, self.prompted, self.shifted, self.asleep = now
         for drawer, value in drawn:
             drawer.drawn = value
 
@@ -182,6 +195,7 @@ class Bank(nn.Module):
     def place(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Install the hooks that an adapter's deltas need."""
         for name, site, delta in adapter.owned():
+            self.averages = self.averages or delta.reads_texts
             if isinstance(delta, AttentionDelta):
                 attend.seat(model, self, site, name, delta)
             elif not isinstance(delta, positions.PositionDelta):
@@ -198,6 +212,8 @@ class Bank(nn.Module):
         if type(delta).before is not Delta.before and f"{site.path}:before" not in self.handles:
             self.hook(f"{site.path}:before", site.module.register_forward_pre_hook(hook.before))
         hook.deltas[name] = delta
+        if delta.reads_texts:
+            hook.side = texts.side(model, site)
         if delta.tap is not None and delta.tap not in hook.taps:
             tap = hook.taps[delta.tap] = Tap(self)
             source = model.get_submodule(delta.tap)
@@ -241,6 +257,8 @@ class Bank(nn.Module):
         if hook is None:
             return
         hook.deltas.pop(name, None)
+        if not any(delta.reads_texts for delta in hook.deltas.values()):
+            hook.side = None
         if not hook.deltas:
             del self.hooks[path]
             self._unhook(path, f"{path}:before", f"{path}:slots")

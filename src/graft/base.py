@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from graft import vocabulary
 from graft.errors import ConfigError
 from graft.method import nearest
 
@@ -35,6 +36,8 @@ _CLASSES = {
 }
 HEADS = tuple(_CLASSES)
 """Endings of the classes of the config that are neither causal nor encoder-decoders."""
+TRAINED = ("Classification", "QuestionAnswering")
+"""Endings of the auto classes whose task head an adapter trains."""
 
 
 def load_base(
@@ -63,6 +66,8 @@ def load_base(
     _refuse_pickles(place, path)
     name, extra = _class_name(config, num_labels)
     extra |= _precision(precision, where)
+    if "quantization_config" in extra and name.endswith(TRAINED):
+        extra["quantization_config"].llm_int8_skip_modules = list(vocabulary.TASK_HEADS)  # no codes: they train whole
     auto = getattr(transformers, name)
     with _quiet(), _one_line(path):
         if type(config) not in auto._model_mapping:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from graft.errors import ConfigError, GraftError
+from graft.measure import command as measure
 
 DEBUG = "GRAFT_DEBUG"
 CALM = {
@@ -57,11 +58,11 @@ def main() -> None:
     app(args=arguments, prog_name="graft")
 
 
-def verb(command: Callable[..., None]) -> Callable[..., None]:
-    """Register a verb whose expected errors are one line."""
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose expected errors are one line."""
 
     @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def calm(*args: Any, **kwargs: Any) -> None:
         debug = bool(os.environ.get(DEBUG))
         if not debug:
             _calm()
@@ -80,7 +81,15 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
             _say(("" if code == 130 else "error: ") + text)
             raise typer.Exit(code) from None
 
-    return app.command()(guarded)
+    return calm
+
+
+def verb(command: Callable[..., None]) -> Callable[..., None]:
+    """Register a verb."""
+    return app.command()(guarded(command))
+
+
+app.add_typer(measure.group(guarded), name="measure")
 
 
 def _version(asked: bool) -> None:

@@ -15,23 +15,26 @@ from graft import roles
 from graft.errors import RouteError
 from graft.method import Delta, InputDelta
 from graft.routes import Entry
+from graft.texts import Texts
 
 if TYPE_CHECKING:
     from graft.bank import Bank
 
 Act = tuple[Delta, float]
+Run = Callable[[list[Act], Sequence[Tensor], Texts | None], Tensor]
 
 
 class Tap:
-    """Keeps the input of one module until the site that spans from it has used it."""
+    """Keeps the input of one module, its first argument, until who asked for it has used it."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Bank, name: str = "") -> None:
         self.bank = bank
+        self.name = name
         self.value: Tensor | None = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if not self.bank.asleep:
-            self.value = args[0]
+            self.value = args[0] if args else (kwargs or {})[self.name]
 
 
 class SiteHook:
@@ -42,6 +45,8 @@ class SiteHook:
         self.path = path
         self.deltas: dict[str, Delta] = {}
         self.taps: dict[str, Tap] = {}
+        self.side: str | None = None
+        """The mask of its input's padding, if a delta here reads texts."""
 
     def acts(self, entry: Entry) -> list[Act]:
         """The deltas of an entry at this site with their weights, in the order in which they act."""
@@ -85,31 +90,32 @@ class SiteHook:
             tap.value = None
         return new
 
-    def _run_before(self, acts: list[Act], tensors: Sequence[Tensor]) -> Tensor:
+    def _run_before(self, acts: list[Act], tensors: Sequence[Tensor], texts: Texts | None) -> Tensor:
         (x,) = tensors
         for delta, weight in acts:
             new = delta.before(x)
             x = new if weight == 1.0 or new is x else x + weight * (new - x)
         return x
 
-    def _run_after(self, acts: list[Act], tensors: Sequence[Tensor]) -> Tensor:
+    def _run_after(self, acts: list[Act], tensors: Sequence[Tensor], texts: Texts | None) -> Tensor:
         base = y = tensors[-1]
         inputs = dict(zip(("", *self.taps), tensors, strict=False))
         for delta, weight in acts:
             from_base = delta.from_base and y is not base
-            new = delta.after(inputs[delta.tap or ""], base if from_base else y)
+            more = (texts,) if delta.reads_texts else ()
+            new = delta.after(inputs[delta.tap or ""], base if from_base else y, *more)
             if from_base:
                 y = y + weight * (new - base)
             else:
                 y = new if weight == 1.0 else y + weight * (new - y)
         return y
 
-    def _map(self, run: Callable[[list[Act], Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+    def _map(self, run: Run, tensors: Sequence[Tensor]) -> Tensor | None:
         """Apply `run` to each group's slice of the tensors; the last tensor is the one that changes."""
         route = self.bank.current
         if route.uniform is not None:
             acts = self.acts(route.uniform)
-            return run(acts, tensors) if acts else None
+            return run(acts, tensors, self._texts([acts], tensors[-1])) if acts else None
         if not route.by_token:
             tensors = [_spread(tensor, self.bank.batch) for tensor in tensors]
         flat = [_flat(tensor, route.tokens) if route.by_token else tensor for tensor in tensors]
@@ -123,10 +129,20 @@ class SiteHook:
             return None
         if run == self._run_after and (stacked := _stacked(parts, flat)) is not None:
             return _like(stacked, tensors[-1], route.by_token, route.tokens)
-        news = [run(acts, [tensor.index_select(0, index) for tensor in flat]) for acts, index in parts]
+        texts = self._texts([acts for acts, _ in parts], target)
+        news = []
+        for acts, index in parts:
+            part = [tensor.index_select(0, index) for tensor in flat]
+            news.append(run(acts, part, None if texts is None else texts.pick(index)))
         index = torch.cat([index for _, index in parts])
         flat_new = target.index_copy(0, index, torch.cat(news).to(target.dtype))
         return _like(flat_new, tensors[-1], route.by_token, route.tokens)
+
+    def _texts(self, groups: list[list[Act]], x: Tensor) -> Texts | None:
+        """The texts of the site's input, if a delta that acts reads them."""
+        if self.side is None or not any(delta.reads_texts for acts in groups for delta, _ in acts):
+            return None
+        return self.bank.texts_at(self.side, x)
 
 
 class SlotHook:

@@ -41,6 +41,8 @@ class Delta(nn.Module):
     """Whether the same change acts at every module that has this site's weight, so that a tied weight may be merged."""
     weighted: ClassVar[bool] = True
     """Whether an entry may give it another weight than 1."""
+    reads_texts: ClassVar[bool] = False
+    """Whether `after` takes a third argument, the `graft.texts.Texts` of its tokens; in attention the call has them."""
     tap: str | None = None
     """Path of a module whose *input* is handed to `after` as x, for a delta that spans a sub-layer."""
     shared: nn.Module | None
@@ -219,6 +221,8 @@ class Method:
     starts_equal: ClassVar[bool] = True
     peft_type: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    trains: ClassVar[str] = ""
+    """How many values train with the default settings, a head left out, in the letters of docs/methods.md."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

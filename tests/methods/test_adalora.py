@@ -99,6 +99,21 @@ def test_importance_of_a_value_without_a_gradient_is_zero() -> None:
     close(delta.E_uncertainty, (0.375 / 4 + 0.1875) * now)
 
 
+@pytest.mark.parametrize(("steps", "delta_t"), [(4, 1), (9, 5)])
+def test_without_a_tfinal_the_last_step_reaches_the_target(steps: int, delta_t: int) -> None:
+    """Else the cubic ends above it, and what was cut before has an E again."""
+    method = graft.AdaLoRA(rank=12, target_rank=2, targets=QV, delta_t=delta_t)
+    model, data = adapted("llama", method), data_of("llama")
+    adapter = model.adapters["a"]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**data).logits.square().mean().backward()
+        optimizer.step()
+        method.after_step(adapter, step, steps)
+    assert sum(delta.count for delta in matrices(adapter)) == 2 * len(matrices(adapter))
+
+
 def test_schedule_must_fit_into_the_training() -> None:
     adapter = graft.attach(tiny("llama"), graft.AdaLoRA(tinit=3, tfinal=4))
     adapter.method.begin(adapter, 8)

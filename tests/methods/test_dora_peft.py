@@ -109,11 +109,30 @@ def test_folder_of_parts_of_a_fused_linear(tmp_path: Path) -> None:
     card = json.loads((tmp_path / "a" / "graft.json").read_text())
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     key = "base_model.model.transformer.h.1.attn.c_attn.lora_magnitude_vector"
-    tensors[key][40] *= 1.01  # a row of the keys
+    tensors[key][40] *= 1.3  # a row of the keys
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     (tmp_path / "a" / "graft.json").write_text(json.dumps({**card, "tensors_sha256": ""}))
     with pytest.raises(graft.AdapterFileError, match="parts of a fused linear"):
         graft.load(lively("gpt2"), tmp_path / "a", "a")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_parts_of_a_fused_linear_in_another_precision(kind: str, tmp_path: Path) -> None:
+    """The lengths of the other rows are those of the base that the folder was made on."""
+    model = adapted("gpt2", graft.DoRA(rank=4, targets=("attention.query", "attention.value")))
+    graft.save(model, "a", tmp_path / "a")
+    again = lively("gpt2").bfloat16()
+    if kind == "nf4":
+        import bitsandbytes as bnb
+
+        for block in again.transformer.h:
+            linear = bnb.nn.Linear4bit(32, 96, quant_type="nf4", compute_dtype=torch.bfloat16)
+            linear.weight = bnb.nn.Params4bit(block.attn.c_attn.weight.T.float().contiguous(), quant_type="nf4")
+            linear.bias = block.attn.c_attn.bias
+            block.attn.c_attn = linear.to("cpu")
+    adapter = graft.load(again, tmp_path / "a", "a", check="off")
+    for site, delta in adapter.items():
+        assert torch.equal(delta.magnitude, model.adapters["a"].at(site.path).magnitude)
 
 
 def test_attach_takes_a_config_of_peft() -> None:

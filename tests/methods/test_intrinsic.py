@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from twins import adapted, close, data_of, far, lively
 
 import graft
+from examples import perturb
 from graft.method import from_dict
 from graft.methods.fastfood import Projection, bells, key_of, permutation, signs, words
 from tiny import tiny
@@ -167,6 +168,25 @@ def test_a_tied_tensor_moves_once_and_merges_for_both() -> None:
     want = model(**data).logits
     graft.merge(model, "a")
     assert model.lm_head.weight is model.transformer.wte.weight
+    close(model(**data).logits, want)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_two_on_one_row_move_every_tensor_by_the_sum(arch: str) -> None:
+    """Norms too, which run anew: with two of them neither may stand in the place of the other."""
+    model, data = adapted(arch, intrinsic()), data_of(arch)
+    perturb(graft.attach(model, intrinsic(seed=1), "b"), 2, size=0.3)
+    both = {"a": 0.5, "b": 0.7}
+    graft.use(model, both)
+    want = model(**data).logits
+    graft.merge(model, both)
+    close(model(**data).logits, want)
+    graft.unmerge(model)
+    with torch.no_grad():
+        for parameter, name in [(p, n) for n, p in model.named_parameters() if not n.startswith("adapters.")]:
+            changes = [weight * model.adapters[key].shared.change(name) for key, weight in both.items()]
+            parameter.add_(sum(changes).view_as(parameter))  # type: ignore[union-attr]
+    graft.use(model, None)
     close(model(**data).logits, want)
 
 

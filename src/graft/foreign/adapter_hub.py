@@ -76,7 +76,7 @@ NAMES = {
     "adapter_up.weight": "up",
     "adapter_up.bias": "up_bias",
 }
-LOST = ("dropout acts before the adapter here and behind it there, while training",)
+LOST = ("how dropout acts while training: before the adapter here, behind it there",)
 
 
 def read_adapter_hub(

@@ -103,11 +103,11 @@ def _factor(model: nn.Module, folder: Path, given: float | None) -> float:
             "or 1"
         )
     own: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    told = _linear(files_disk.read_json(path), path)
-    return told / _linear({"rope_scaling": getattr(own, "rope_parameters", None)}, path)
+    told = _linear(files_disk.read_json(path), str(path))
+    return told / _linear({"rope_scaling": getattr(own, "rope_parameters", None)}, "the base's config")
 
 
-def _linear(config: dict[str, Any], where: Path) -> float:
+def _linear(config: dict[str, Any], where: str) -> float:
     """The factor of linear scaling; 1 without scaling."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))

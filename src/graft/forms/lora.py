@@ -42,6 +42,8 @@ STARTS = {"lora_ga": ("lora_ga_config", {"stable_gamma": "gamma"}), "eva": ("eva
 """Starts from data, with the field of their settings and what Graft calls those; `FIXED` is all that others may be."""
 FIXED = {"direction": "ArB2r", "scale": "stable", "use_label_mask": True, "label_mask_value": -100, "whiten": False}
 FIXED |= {"adjust_scaling_factors": True}
+OTHER_PRECISION = 0.1
+"""How far the lengths of a base's rows may lie apart, as a share, in two precisions; NF4 has a few hundredths."""
 
 
 class LoRAForm(Form):
@@ -122,12 +124,21 @@ class LoRAForm(Form):
 
     def of_base(self, model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
         slots = super().of_base(model, adapter, config)
-        for site, delta in adapter.items() if config.get("bias") == "all" else ():
+        if config.get("bias") != "all":
+            return slots
+        biases: dict[int, Any] = {}
+        for site, delta in adapter.items():
+            biases[id(getattr(site.module, "bias", None))] = getattr(delta, "bias", None)
             if isinstance(delta, CopyDelta):  # each bias of a module that is kept whole stands in the file three times
-                for place, module in (("original_module", site.module), ("modules_to_save", delta.copy)):
+                copies = dict.fromkeys(("modules_to_save", "modules_to_save.default"), delta.copy)
+                for place, module in ({"original_module": site.module} | copies).items():
                     for key, value in module.named_parameters():
                         if key.rpartition(".")[2] == "bias":
                             slots[f"{ROOT}{site.path}.{place}.{key}"] = checked(value, site.path)
+        for path, module in targets.modules(model).items():  # a bias that two modules hold stands in the file twice
+            twin = biases.get(id(getattr(module, "bias", None)))
+            if twin is not None and path not in adapter.sites:
+                slots[f"{ROOT}{path}.bias"] = checked(twin, path)
         return slots
 
 
@@ -202,7 +213,7 @@ def _lengths(delta: Magnitude) -> Slot:
     def fill(full: Tensor) -> None:
         delta.magnitude.data.copy_(full[rows])
         mine = read()
-        if not mine.is_meta and not torch.allclose(full.to(mine), mine, rtol=1e-4):
+        if not mine.is_meta and not torch.allclose(full.to(mine), mine, rtol=OTHER_PRECISION):
             raise AdapterFileError("it changes parts of a fused linear that graft.json does not name")
 
     return Slot((delta.site.out_features,), read, fill)

@@ -80,6 +80,7 @@ class AdaLoRA(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "ADALORA"
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2303.10512"
+    trains: ClassVar[str] = "r (I + 1 + O) per linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,7 +147,9 @@ class AdaLoRA(Method):
         if step < stands:
             for delta in deltas:
                 delta.observe(self.beta1, self.beta2)
-        if step == stands or (self.tinit < step < stands and step % self.delta_t == 0):
+        if step == stands or step == steps - 1 < stands:  # without a tfinal, no step would come behind the schedule
+            cut(deltas, self.target_rank * len(deltas))
+        elif self.tinit < step < stands and step % self.delta_t == 0:
             cut(deltas, self.budget(step, total, len(deltas)))
         elif step > stands:
             for delta in deltas:

@@ -47,6 +47,7 @@ class BitFit(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "SUBSET"
     paper: ClassVar[str] = "Ben Zaken et al. 2021, arXiv 2106.10199"
+    trains: ClassVar[str] = "O per linear or norm with a bias"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -76,6 +76,7 @@ class Bottleneck(Method):
     starts_equal: ClassVar[bool] = False
     peft_type: ClassVar[str] = "BOTTLENECK"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
+    trains: ClassVar[str] = "2 S D + D + S per sub-layer; houlsby: the norms too"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,6 +157,13 @@ class BottleneckDelta(Delta):
             for weight in (self.down, self.up):
                 nn.init.trunc_normal_(weight, std=STD, a=-2 * STD, b=2 * STD)
 
+    def reads(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        """What the MLP reads, from the site's (or the tapped module's) input and the sub-layer's result."""
+        return y_BTO
+
+    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        return y_BTO + self.added(self.reads(x_BTI, y_BTO))
+
     def added(self, x_BTD: Tensor) -> Tensor:
         """s (Up f(Down x)), in the dtype of x."""
         low = self.activation(F.linear(x_BTD, self.down.to(x_BTD.dtype), self.down_bias.to(x_BTD.dtype)))
@@ -164,9 +172,6 @@ class BottleneckDelta(Delta):
 
 class HoulsbyDelta(BottleneckDelta):
     """y + s Up f(Down y), on a sub-layer's result y."""
-
-    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        return y_BTO + self.added(y_BTO)
 
 
 class ParallelDelta(BottleneckDelta):
@@ -178,8 +183,8 @@ class ParallelDelta(BottleneckDelta):
         super().__init__(site, method)
         self.tap = tap
 
-    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        return y_BTO + self.added(x_BTI)
+    def reads(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        return x_BTI
 
 
 class StreamDelta(BottleneckDelta):
@@ -189,8 +194,8 @@ class StreamDelta(BottleneckDelta):
         super().__init__(site, method)
         self.tap = tap
 
-    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        return y_BTO + self.added(x_BTI + y_BTO)
+    def reads(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        return x_BTI + y_BTO
 
 
 class NormedDelta(BottleneckDelta):
@@ -201,10 +206,10 @@ class NormedDelta(BottleneckDelta):
         self.tap = tap
         self.norm = [norm]  # in a list: the base owns it
 
-    def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+    def reads(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         norm = self.norm[0]
         # The class's own forward: the hooks are for the block's call of the norm, not for this one.
-        return y_BTO + self.added(type(norm).forward(norm, x_BTI + y_BTO))
+        return type(norm).forward(norm, x_BTI + y_BTO)
 
 
 def _inside(path: str, parent: str) -> bool:

@@ -44,6 +44,7 @@ class Compose(Method):
     place: ClassVar[str] = "several"
     peft_type: ClassVar[str] = "COMPOSE"
     paper: ClassVar[str] = "He et al. 2022, arXiv 2110.04366"
+    trains: ClassVar[str] = "the sum of its parts"
 
     def __init__(
         self, *methods: Method, parts: Sequence[Any] = (), rates: Sequence[float] = (), **settings: Any

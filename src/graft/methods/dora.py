@@ -45,6 +45,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "Liu et al. 2024, arXiv 2402.09353"
+    trains: ClassVar[str] = "r (I + O) + O per linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()

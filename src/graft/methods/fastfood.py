@@ -89,6 +89,7 @@ class Projection(nn.Module):
             "order": (permutation, length, torch.int32),
             "bell": (bells, length, torch.int16),
         }
+        self.short = 2 ** math.ceil(math.log2(min(size, length)))
         meta = torch.device(device or "cpu").type == "meta"
         for use, (draw, count, dtype) in made.items():
             key, empty = key_of(seed, name, use), torch.empty(count if meta else 0, dtype=dtype, device=device)
@@ -107,21 +108,24 @@ class _Fastfood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector_d: Tensor, made: Projection) -> Tensor:
         ctx.made, ctx.size = made, vector_d.numel()
-        x_L = vector_d.new_zeros(made.order.numel())
-        x_L[: made.sign.numel()] = vector_d[: made.sign.numel()] * made.sign
-        x_L = walsh_hadamard(x_L)[made.order] * made.bell
-        return walsh_hadamard(x_L)[: made.numel] * made.factor
+        used = made.sign.numel()
+        x = vector_d.new_zeros(made.short)
+        x[:used] = vector_d[:used] * made.sign
+        # Behind the coordinates all is zero, so that H repeats the transform of the short vector.
+        x_L = walsh_hadamard(x).repeat(made.order.numel() // made.short)
+        return walsh_hadamard(x_L[made.order] * made.bell)[: made.numel] * made.factor
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         made: Projection = ctx.made
+        used = made.sign.numel()
         g_L = grads[0].new_zeros(made.order.numel())
         g_L[: made.numel] = grads[0] * made.factor
         g_L = walsh_hadamard(g_L) * made.bell
-        g_L = walsh_hadamard(torch.empty_like(g_L).index_copy_(0, made.order.long(), g_L))
+        g_L = torch.empty_like(g_L).index_copy_(0, made.order.long(), g_L)
         grad_d = grads[0].new_zeros(ctx.size)
-        grad_d[: made.sign.numel()] = g_L[: made.sign.numel()] * made.sign
+        grad_d[:used] = walsh_hadamard(g_L.view(-1, made.short).sum(0))[:used] * made.sign
         return grad_d, None
 
 

@@ -29,6 +29,7 @@ class FullFineTuning(SelectMethod):
     name: ClassVar[str] = "full"
     peft_type: ClassVar[str] = "FULL"
     paper: ClassVar[str] = "Howard and Ruder 2018, arXiv 1801.06146"
+    trains: ClassVar[str] = "every value of the base"
 
     def __post_init__(self) -> None:
         super().__post_init__()

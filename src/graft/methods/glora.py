@@ -88,6 +88,7 @@ class GLoRA(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "GLORA"
     paper: ClassVar[str] = "Chavan et al. 2023, arXiv 2306.07967"
+    trains: ClassVar[str] = "2 r (I + O) per linear; with a bias r (I + 1) + 2 O more"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,6 +33,7 @@ class Head(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "HEAD"
     paper: ClassVar[str] = "Alain and Bengio 2016, arXiv 1610.01644"
+    trains: ClassVar[str] = "every value of the head"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,6 +47,7 @@ class IA3(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "IA3"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638"
+    trains: ClassVar[str] = "2 K d + F per layer"
 
     def sites(self, build: Build) -> list[Site]:
         return Method.sites(self.meant(build), build)

@@ -64,6 +64,7 @@ class IntrinsicDimension(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "INTRINSIC"
     paper: ClassVar[str] = "Aghajanyan et al. 2020, arXiv 2012.13255"
+    trains: ClassVar[str] = "`size`, in all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,7 +206,7 @@ class Change(Delta):
 class NormChange(Change):
     """At a norm: it runs again, in fp32, with the weight and bias that it would have."""
 
-    order = REPLACE
+    from_base = True  # beside another change, what it differs from the base's norm is added
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

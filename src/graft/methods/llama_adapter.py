@@ -54,6 +54,7 @@ class LlamaAdapter(Method):
     place: ClassVar[str] = "attention"
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2303.16199"
+    trains: ClassVar[str] = "P D + H per adapted layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,6 +66,7 @@ class LongLoRA(LoRA):
     name: ClassVar[str] = "long_lora"
     peft_type: ClassVar[str] = ""
     paper: ClassVar[str] = "Chen et al. 2023, arXiv 2309.12307"
+    trains: ClassVar[str] = "r (I + O) per linear, V D for the embedding, D per norm"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,6 +80,7 @@ class LoRA(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "LORA"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    trains: ClassVar[str] = "r (I + O) per linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +156,8 @@ class LoRA(Method):
             return []
         taken = {site.path for site in self.sites(build)}
         whole = {site.path for site in roles.task_heads(build.model)} if self.head else set()
+        # BERT's language head has no weight, and its bias is the very one that the decoder inside it adds
+        own = {id(getattr(module, "bias", None)) for module in build.model.modules() if hasattr(module, "weight")}
         for path, module in build.model.named_modules():
             if getattr(module, "bias", None) is not None and getattr(module, "weight", torch.empty(0)).dim() > 2:
                 raise SiteError(f"LoRA: bias='all' cannot train the bias of {path}, a {type(module).__name__}")
@@ -162,6 +165,7 @@ class LoRA(Method):
             (Site(path, "other", None, module, 0, module.bias.shape[0]), BiasDelta(module))
             for path, module in build.model.named_modules()
             if isinstance(getattr(module, "bias", None), nn.Parameter)
+            and (hasattr(module, "weight") or id(module.bias) not in own)
             and not path.startswith("adapters.")
             and path not in taken
             and not inside(path, self.modules_to_save)

@@ -48,6 +48,7 @@ class LoRAFA(LoRA):
 
     name: ClassVar[str] = "lora_fa"
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2308.03303"
+    trains: ClassVar[str] = "r O per linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()

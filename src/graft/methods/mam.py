@@ -45,6 +45,7 @@ class MAM(Method):
     starts_equal: ClassVar[bool] = False
     peft_type: ClassVar[str] = "MAM"
     paper: ClassVar[str] = "He et al. 2022, arXiv 2110.04366"
+    trains: ClassVar[str] = "its prefix with the MLP, and 2 S D + D + S per layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,6 +53,7 @@ class MultiLoRA(Method):
     place: ClassVar[str] = "linear"
     merges: ClassVar[bool] = True
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2311.11501"
+    trains: ClassVar[str] = "n (r (I + O) + O) per linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()

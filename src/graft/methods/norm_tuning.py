@@ -41,6 +41,7 @@ class NormTuning(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "LN_TUNING"
     paper: ClassVar[str] = "Zhao et al. 2023, arXiv 2312.11420"
+    trains: ClassVar[str] = "D per norm, 2 D with a bias"
 
     def sites(self, build: Build) -> list[Site]:
         return Method.sites(self.meant(build), build)

@@ -56,6 +56,7 @@ class PTuning(Method):
     starts_equal: ClassVar[bool] = False
     peft_type: ClassVar[str] = "P_TUNING"
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385"
+    trains: ClassVar[str] = "P D + 2 D H' + H'^2 + 2 H' + D; P D are saved"
 
     def __post_init__(self) -> None:
         super().__post_init__()

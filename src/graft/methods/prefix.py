@@ -64,6 +64,7 @@ class PrefixTuning(Method):
     starts_equal: ClassVar[bool] = False
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     paper: ClassVar[str] = "Li and Liang 2021, arXiv 2101.00190"
+    trains: ClassVar[str] = "2 P K d per layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,6 +55,7 @@ class PromptTuning(Method):
     starts_equal: ClassVar[bool] = False
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
+    trains: ClassVar[str] = "P D"
 
     def __post_init__(self) -> None:
         super().__post_init__()

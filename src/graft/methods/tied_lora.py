@@ -63,6 +63,7 @@ class TiedLoRA(Method):
     place: ClassVar[str] = "linear"
     merges: ClassVar[bool] = True
     paper: ClassVar[str] = "Renduchintala et al. 2023, arXiv 2311.09578"
+    trains: ClassVar[str] = "r (I + O) + L (r + O), O of query, key and value together"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,7 @@ class TopLayers(SelectMethod):
     name: ClassVar[str] = "top_layers"
     peft_type: ClassVar[str] = "SUBSET"
     paper: ClassVar[str] = "Lee et al. 2019, arXiv 1911.03090"
+    trains: ClassVar[str] = "the last `count` blocks and the norm behind them"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,6 +47,7 @@ class TrainableTokens(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     paper: ClassVar[str] = "no paper"
+    trains: ClassVar[str] = "N D for N tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class VeRA(Method):
     merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "VERA"
     paper: ClassVar[str] = "Kopiczko et al. 2023, arXiv 2310.11454"
+    trains: ClassVar[str] = "r + O per linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()

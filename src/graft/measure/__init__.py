@@ -1,0 +1,1 @@
+"""Measurements of a task: how many dimensions it needs."""
