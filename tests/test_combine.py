@@ -183,6 +183,8 @@ def test_what_is_not_low_rank_is_refused() -> None:
         ({"how": "cat", "rank": 3}, "rank: 3 does not fit how='cat'"),
         ({"how": "ties", "rank": 3, "density": 0.5}, "rank: 3 does not fit"),
         ({"how": "svd", "rank": 0}, "rank: 0 does not fit"),
+        ({"how": "svd", "rank": 2.5}, "rank: 2.5 does not fit"),
+        ({"how": "ties_svd", "density": 1e-9}, "of 1024 values is none"),
         ({"how": "ties"}, "density: how='ties' needs"),
         ({"how": "dare_ties_svd", "density": 1.5}, r"in \(0, 1\], not 1.5"),
         ({"how": "dare_linear", "density": 0}, "not 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,8 @@ class Adapter(nn.Module):
 
     @scale.setter
     def scale(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise RouteError(f"adapter {self.name!r}: its scale cannot be {value}; give a finite number")
         if value != 1.0 and self.unweighted:
             raise RouteError(f"adapter {self.name!r} ({self.method.name}) has no dial; its scale can only be 1")
         self._scale = float(value)

@@ -46,7 +46,6 @@ class Bank(nn.Module):
         self.prompted = False
         self.shifted = False
         self.averages = False
-        self.inside = False
         self.masks: dict[str, Any] = {}
         self.hooks: dict[str, SiteHook] = {}
         self.handles: dict[str, list[RemovableHandle]] = {}
@@ -107,7 +106,7 @@ class Bank(nn.Module):
 
     def texts_at(self, side: str, x_NI: Tensor) -> texts.Texts:
         """The texts of a module's input, whose padding the mask `side` says."""
-        return texts.texts_of(self.current, self.masks.get(side), self.batch, x_NI)
+        return texts.texts_of(self.current, texts.mask_at(self.masks, side), self.batch, x_NI)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, root: bool, module: nn.Module) -> None:
         """Note what a forward brings; a batch that does not fit the route is refused here."""
@@ -122,9 +121,8 @@ class Bank(nn.Module):
         self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
         self.shifted = any(self[name].shift or self[name].stretch != 1.0 for name in self.current.names)
         self.slots.active = None
-        if self.averages and (root or not self.inside):  # inside another forward the masks are that one's
+        if self.averages:
             self.masks = self.masks | texts.masks_of(module, args, kwargs)
-        self.inside = self.inside or root
         if self.prompted and not self.asleep and kwargs.get("inputs_embeds") is not None:
             raise RouteError(
                 "a row has a soft prompt but the model got inputs_embeds; pass the input_ids that graft.prepare returns"
@@ -143,7 +141,7 @@ class Bank(nn.Module):
 
     def end(self, module: nn.Module) -> None:
         """After the first forward: every site of a new adapter must have run, or it is there in name only."""
-        self.inside = False
+        self.masks = self.masks | {texts.LABELS: None}  # not those of a next forward, of a part that takes none
         visited, self.visited = self.visited, None
         if visited is None or freeze.drops_layers(module):
             return

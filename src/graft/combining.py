@@ -65,7 +65,10 @@ class Rule:
         if how == "random":
             drawn = torch.bernoulli(torch.full(values.shape, self.density), generator=self.generator)
             return values * drawn.to(values) / self.density
-        kept = values.abs().flatten().topk(int(self.density * values.numel())).indices
+        count = int(self.density * values.numel())
+        if count == 0:
+            raise ConfigError(f"density: {self.density} of {values.numel()} values is none; give more")
+        kept = values.abs().flatten().topk(count).indices
         return torch.zeros_like(values).flatten().index_copy(0, kept, values.flatten()[kept]).view_as(values)
 
 
@@ -136,7 +139,7 @@ def _check(how: str, rank: int | None, density: float | None, majority_sign_meth
     if how not in HOW:
         raise ConfigError(f"how is one of {', '.join(HOW)}, not {how!r}; {nearest(how, HOW)}")
     base = how.removesuffix("_svd")
-    if rank is not None and (not how.endswith("svd") or rank < 1):
+    if rank is not None and (not how.endswith("svd") or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank: {rank} does not fit how={how!r}; it is for svd and the ways that end in _svd, from 1")
     if PRUNING.get(base) is None and density is not None:
         raise ConfigError(f"density: how={how!r} prunes nothing; leave it out")
@@ -174,9 +177,9 @@ def _pair(parts: list[Source], path: str, how: str, rule: Rule, rank: int) -> tu
         changes = [source.scaled_B_OR @ source.A_RI for source in parts]
         U, S, Vh = torch.linalg.svd(rule.mix(changes, [source.weight for source in parts]), full_matrices=False)
         return Vh[:rank], U[:, :rank] * S[:rank]
-    ranks = {source.name: len(source.A_RI) for source in parts}
-    if len({*ranks.values()}) > 1:
-        told = ", ".join(f"{name!r} {rank}" for name, rank in ranks.items())
+    ranks = [(source.name, len(source.A_RI)) for source in parts]
+    if len({rank for _, rank in ranks}) > 1:
+        told = ", ".join(f"{name!r} {rank}" for name, rank in ranks)
         raise ConfigError(f"{path}: how={how!r} mixes factors of one rank, and they have {told}; take svd or cat")
     factors = [source.weight * source.scale for source in parts]
     roots = [math.sqrt(abs(factor)) for factor in factors]

@@ -161,7 +161,8 @@ def read_object(config: Any) -> Method | None:
 def free_fields(config: Config) -> set[str]:
     """The fields of a peft config that `graft.json` does not answer for."""
     form = FORMS.get(str(config.get("peft_type")))
-    return (COMMON - {"peft_type"}) | (form.inert if form else set())
+    storage = {"fan_in_fan_out"}  # how the base keeps its weights; a quantized GPT-2 has linears
+    return (COMMON - {"peft_type"}) | storage | (form.inert if form else set())
 
 
 def _task(model: nn.Module, kept: set[str]) -> str | None:

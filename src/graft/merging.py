@@ -182,7 +182,8 @@ def _merge_site(
         return
     # All sums first, one write behind: deltas of biases look at the base's own bias.
     matrix = is_linear(module) or is_embedding(module)
-    weight_now = base_weight = weight_OI(module).float() if matrix else module.get_parameter("weight").float()
+    stored = weight_OI(module) if matrix else module.get_parameter("weight")
+    weight_now = base_weight = stored if stored.dtype == torch.float64 else stored.float()
     bias = getattr(module, "bias", None)
     bias_now = base_bias = None if bias is None else bias.detach().float()
     for delta, weight in rest:

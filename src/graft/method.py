@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from graft import roles
 from graft.errors import ConfigError, SiteError
 from graft.roles import Site
+from graft.settings import check_types
 
 REPLACE, ADD, SCALE, SERIAL = 0, 1, 2, 3
 """The order in which deltas act on one output: a copy of the module first, then sums, scales, serial modules."""
@@ -234,6 +235,7 @@ class Method:
             value = getattr(self, field.name)
             if isinstance(value, list | set):
                 object.__setattr__(self, field.name, tuple(value))
+        check_types(self)
 
     def sites(self, build: Build) -> list[Site]:
         """The sites where this method puts a delta; by default those that `targets` names."""

@@ -8,6 +8,7 @@ Shape legend: N leading size of a tensor (rows, or rows times tokens where a mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,8 @@ def entry_of(value: Any) -> Entry:
     for name, weight in pairs:
         if not isinstance(name, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
             raise RouteError(f"an entry is None, a name, names or a dict of name to weight, not {value!r}")
+        if not math.isfinite(weight):
+            raise RouteError(f"the weight of {name!r} is {weight}; give a finite number")
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         raise RouteError(f"the entry {value!r} names an adapter twice; give it a weight instead")

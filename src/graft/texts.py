@@ -23,8 +23,8 @@ from graft.ids import IGNORED
 from graft.roles import Site
 from graft.routes import Route
 
-ENCODED, DECODED = "attention_mask", "decoder_attention_mask"
-"""The masks of a forward; a model with one stack has the first alone."""
+ENCODED, DECODED, LABELS = "attention_mask", "decoder_attention_mask", "labels"
+"""What tells of padding; a model with one stack has the first mask alone."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,19 @@ def side(model: nn.Module, site: Site) -> str:
 
 
 def masks_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The masks that a forward of `module` was given; None where it takes one and got none."""
+    """What a forward of `module` was given that tells of padding; None where it takes something and got nothing."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     given = dict(zip(names, args, strict=False)) | kwargs
-    found = {name: given.get(name) for name in (ENCODED, DECODED) if name in names}
-    labels = given.get("labels")
-    if DECODED in found and found[DECODED] is None and isinstance(labels, Tensor) and labels.dim() == 2:
-        # The decoder reads the labels, moved by one: what stands behind the last one is padding.
-        found[DECODED] = (labels != IGNORED).flip(1).cummax(1)[0].flip(1)
-    return found
+    return {name: given.get(name) for name in (ENCODED, DECODED, LABELS) if name in names}
+
+
+def mask_at(masks: dict[str, Any], side: str) -> Any:
+    """The mask that `side` names; a decoder's without one says by its labels what is padding."""
+    mask, labels = masks.get(side), masks.get(LABELS)
+    if mask is not None or side != DECODED or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return mask
+    # The decoder reads the labels, moved by one: what stands behind the last one is padding.
+    return (labels != IGNORED).flip(1).cummax(1)[0].flip(1)
 
 
 def texts_of(route: Route, mask: Any, batch: int, x_NI: Tensor) -> Texts:

@@ -134,6 +134,8 @@ def test_schedule_must_fit_into_the_training() -> None:
         ({"tinit": -1}, "tinit"),
         ({"beta1": 1.0}, "beta1"),
         ({"gamma": -0.1}, "gamma"),
+        ({"gamma": float("nan")}, "gamma"),
+        ({"alpha": float("inf")}, "alpha must be a finite number"),
         ({"steps": 10, "tinit": 5, "tfinal": 5}, "leave none of 10 steps"),
         ({"rank_pattern": {"x": [True]}}, "must be 12 booleans"),
         ({"rank_pattern": {"x": [1] * 12}}, "must be 12 booleans"),

@@ -147,9 +147,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 def stepped(delta: Any, fused: bool) -> None:
     x_BI = torch.randn(3, 32)
+    delta.requires_grad_(True)
     with torch.enable_grad():
         delta.after(x_BI, x_BI).square().sum().backward()
     torch.optim.AdamW(delta.parameters(), lr=1.0, fused=fused).step()
+    delta.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -157,7 +159,7 @@ def stepped(delta: Any, fused: bool) -> None:
 def test_kept_norm_follows_every_change(change: str) -> None:
     path = "model.layers.0.self_attn.q_proj"
     model = adapted("llama", graft.DoRA(rank=4))
-    delta: Any = model.adapters["a"].at(path)
+    delta: Any = model.adapters["a"].requires_grad_(False).at(path)
     before = delta.base_norm()
     assert delta.base_norm() is before
     CHANGES[change](delta)
@@ -174,13 +176,25 @@ def test_norm_is_taken_at_every_step_of_a_training(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dora, "row_norms", lambda *args: (calls.append(1), own(*args))[1])
     model, data = adapted("llama", graft.DoRA(rank=4)), data_of("llama")
     counts = []
-    for training, gradients in ((True, True), (True, True), (False, True), (False, False), (False, False)):
+    steps = ((True, True, True), (True, True, True), (True, False, True), (True, False, False), (False, False, False))
+    for trainable, training, gradients in (*steps, (False, False, False)):
         model.train(training)
+        model.adapters["a"].requires_grad_(trainable)
         calls.clear()
         with torch.set_grad_enabled(gradients):
             model(**data)
         counts.append(len(calls))
-    assert counts == [4, 4, 4, 4, 0]
+    assert counts == [4, 4, 4, 4, 4, 0]
+
+
+@torch.no_grad()
+def test_values_written_past_torchs_count_are_seen_while_the_adapter_trains() -> None:
+    """Averaged weights are swapped in through `.data`, in eval mode and without gradients."""
+    model, data = adapted("llama", graft.DoRA(rank=4)), data_of("llama")
+    model(**data)
+    for parameter in model.adapters["a"].parameters():
+        parameter.data.mul_(1.5)
+    close(model(**data).logits, copy.deepcopy(model)(**data).logits)
 
 
 def test_a_norm_kept_under_inference_mode_meets_a_backward() -> None:

@@ -116,23 +116,14 @@ def test_folder_of_parts_of_a_fused_linear(tmp_path: Path) -> None:
         graft.load(lively("gpt2"), tmp_path / "a", "a")
 
 
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_parts_of_a_fused_linear_in_another_precision(kind: str, tmp_path: Path) -> None:
+def test_parts_of_a_fused_linear_in_another_precision(tmp_path: Path) -> None:
     """The lengths of the other rows are those of the base that the folder was made on."""
     model = adapted("gpt2", graft.DoRA(rank=4, targets=("attention.query", "attention.value")))
     graft.save(model, "a", tmp_path / "a")
     again = lively("gpt2").bfloat16()
-    if kind == "nf4":
-        import bitsandbytes as bnb
-
-        for block in again.transformer.h:
-            linear = bnb.nn.Linear4bit(32, 96, quant_type="nf4", compute_dtype=torch.bfloat16)
-            linear.weight = bnb.nn.Params4bit(block.attn.c_attn.weight.T.float().contiguous(), quant_type="nf4")
-            linear.bias = block.attn.c_attn.bias
-            block.attn.c_attn = linear.to("cpu")
     adapter = graft.load(again, tmp_path / "a", "a", check="off")
     for site, delta in adapter.items():
-        assert torch.equal(delta.magnitude, model.adapters["a"].at(site.path).magnitude)
+        assert torch.equal(delta.magnitude, model.adapters["a"].at(site.path).magnitude)  # type: ignore[union-attr]
 
 
 def test_attach_takes_a_config_of_peft() -> None:

@@ -17,6 +17,7 @@ from twins import adapted, close, data_of, far, lively
 
 import graft
 from examples import perturb
+from graft.errors import AdapterFileError
 from graft.method import from_dict
 from graft.methods.fastfood import Projection, bells, key_of, permutation, signs, words
 from tiny import tiny
@@ -256,6 +257,16 @@ def test_the_file_is_the_vector(arch: str, kind: str, tmp_path: Path) -> None:
         {key.rpartition(".")[2]: value for key, value in tensors.items()}
     )
     far(other(**data).logits, model(**data).logits)
+
+
+def test_a_base_with_more_tokens_has_other_projections_and_is_refused(tmp_path: Path) -> None:
+    model = adapted("llama", intrinsic())
+    graft.save(model, "a", tmp_path / "a")
+    grown = tiny("llama", **NARROW["llama"])
+    grown.resize_token_embeddings(120, mean_resizing=False)
+    with pytest.raises(AdapterFileError, match="more tokens in the embedding"):
+        graft.load(grown, tmp_path / "a", "a", check="off")
+    assert not hasattr(grown, "adapters")
 
 
 def test_a_head_in_the_subspace_brings_its_random_start(tmp_path: Path) -> None:

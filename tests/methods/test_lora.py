@@ -216,9 +216,14 @@ def test_stacked_groups_equal_the_loop() -> None:
 
 
 def test_errors() -> None:
-    for settings in ({"rank": 0}, {"rank_pattern": {"x": 0}}, {"dropout": 1.0}, {"bias": "some"}, {"init": "svd"}):
+    for settings in ({"rank": 0}, {"dropout": 1.0}, {"bias": "some"}, {"init": "svd"}):
         with pytest.raises(graft.ConfigError, match="LoRA"):
             graft.LoRA(**settings)  # type: ignore[arg-type]
+    with pytest.raises(graft.ConfigError, match="at least 1, not -1"):
+        graft.LoRA(rank_pattern={"x": -1})
+    for alphas in ({"alpha": math.nan}, {"alpha": math.inf}, {"alpha_pattern": {"x": math.nan}}):
+        with pytest.raises(graft.ConfigError, match="alpha must be a finite number"):
+            graft.LoRA(**alphas)
     with pytest.raises(graft.SiteError, match="did you mean 'q_proj'"):
         graft.attach(tiny("llama"), graft.LoRA(targets=("q_prj",)))
     with pytest.raises(graft.SiteError, match="LoRA"):

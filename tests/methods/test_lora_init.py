@@ -342,6 +342,8 @@ def test_refusals() -> None:
         ({"init": "eva", "init_options": {"tau": 1.5}}, "tau = 1.5 is out of range"),
         ({"init": "lora_ga", "init_options": {"batches": 0}}, "batches = 0 is out of range"),
         ({"init": "lora_ga", "init_options": {"gamma": 0}}, "gamma = 0 is out of range"),
+        ({"init": "lora_ga", "init_options": {"batches": 2.5}}, "batches = 2.5 is out of range"),
+        ({"init": "eva", "init_options": {"tau": float("nan")}}, "tau = nan is out of range"),
     ):
         with pytest.raises(graft.ConfigError, match=match) as caught:
             graft.LoRA(**settings)

@@ -148,7 +148,8 @@ def test_errors() -> None:
         ({"rank": 0}, "rank must be"),
         ({"count": 0}, "count must be"),
         ({"count": 1.5}, "count must be"),
-        ({"alpha": 0}, "never act"),
+        ({"alpha": 0}, "not 0"),
+        ({"alpha": float("nan")}, "finite"),
         ({"dropout": -0.1}, "dropout"),
     ):
         with pytest.raises(graft.ConfigError, match=message):

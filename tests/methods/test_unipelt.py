@@ -167,11 +167,25 @@ def test_labels_say_what_the_decoder_pads() -> None:
     expected = model(**data).logits[0, :4]
     short = {"input_ids": data["input_ids"][:1], "labels": data["labels"][:1, :4]}
     close(model(**short, attention_mask=data["attention_mask"][:1]).logits[0], expected)
-    asked = model._shift_right(data["labels"])
+    asked = model._shift_right(data["labels"])  # a decoder's input says nothing of padding
     plain = {key: value for key, value in data.items() if key != "labels"}
     far(model(**plain, decoder_input_ids=asked).logits[0, :4], expected)
     mask = (data["labels"] != -100).long()
     close(model(**plain, decoder_input_ids=asked, decoder_attention_mask=mask).logits[0, :4], expected)
+
+
+def test_a_part_of_the_model_alone_has_its_own_masks() -> None:
+    """BART without its head takes no labels: those of the forward before are not its."""
+    model, data = adapted("bart", alone("bottleneck")), data_of("bart")
+    data["labels"][0, 4:] = -100
+    asked = model.prepare_decoder_input_ids_from_labels(data["labels"])
+    plain = {key: value for key, value in data.items() if key != "labels"} | {"decoder_input_ids": asked}
+    expected = model.model(**plain)[0]
+    with_labels = model(**data, output_hidden_states=True).decoder_hidden_states[-1]
+    far(with_labels[0, :4], expected[0, :4])
+    close(model.model(**plain)[0], expected)
+    mask = (data["labels"] != -100).long()
+    close(model.model(**plain, decoder_attention_mask=mask)[0][mask.bool()], with_labels[mask.bool()])
 
 
 def test_a_mask_of_another_kind_is_refused() -> None:
@@ -191,7 +205,8 @@ def test_packed_texts_of_one_adapter_have_gates_of_their_own(attention: str) -> 
     model = adapted("llama", method, attn_implementation=attention)
     perturb(graft.attach(model, graft.PrefixTuning(length=2), "p"), 2)
     ids = data_of("llama")["input_ids"]
-    for entries in (["a", "a", "a"], ["a", None, "a"], ["a", ("p", "a"), ("p", "a")]):
+    perturb(graft.attach(model, graft.LoRA(rank=2), "l"), 3)
+    for entries in (["a"] * 3, ["a", None, "a"], ["a", ("p", "a"), ("p", "a")], [("l", "a"), "a", ("l", "a")]):
         texts = [ids[0, :9], ids[1, :5], ids[2, :3]]
         positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
         with graft.route(model, segments=[(e, len(text)) for e, text in zip(entries, texts, strict=True)]):

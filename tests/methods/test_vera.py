@@ -111,6 +111,9 @@ def test_errors() -> None:
         ({"rank": 2.0}, "rank must be"),
         ({"dropout": 1.0}, "dropout"),
         ({"d_initial": 0}, "never train"),
+        ({"d_initial": float("nan")}, "finite"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"seed": "3"}, "seed must be"),
     ):
         with pytest.raises(graft.ConfigError, match=message):
             graft.VeRA(**settings)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Where our words for them would choose other modules, the method names the module
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -35,6 +36,8 @@ def value_of(config: Config, field: str, default: Any, *kinds: type) -> Any:
     value = default if value is None else value
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise AdapterFileError(f"{field} = {value!r} is not of the kind {' or '.join(kind.__name__ for kind in kinds)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise AdapterFileError(f"{field} = {value!r} is not a finite number")
     return value
 
 
@@ -46,6 +49,14 @@ def text_of(value: Any) -> str:
 def names_of(value: Any) -> tuple[str, ...] | str:
     """Module names: one string is a regex."""
     return value if isinstance(value, str) else tuple(sorted(value or ()))
+
+
+def _modules_of(names: Any) -> tuple[str, ...] | str:
+    """As `names_of`, but a list with a word that is a role here, such as "norm", is a regex for modules so named."""
+    found = names_of(names)
+    if isinstance(found, str) or not {"norm", *roles.ROLES} & set(found):
+        return found
+    return rf"(.*\.)?({'|'.join(map(re.escape, found))})"
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -68,7 +79,7 @@ def places(
     if not empty(config.get("exclude_modules")):
         out["exclude"] = names_of(config["exclude_modules"])
     if model is None:
-        return out if names is None else out | {"targets": names_of(names)}
+        return out if names is None else out | {"targets": _modules_of(names)}
     wanted = (among or targeted)(model, config)
     found: set[str] = set()
     try:

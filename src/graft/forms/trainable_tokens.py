@@ -19,6 +19,7 @@ from graft.forms.base import ROOT, Config, Form, Slot, Unheld, plain
 from graft.forms.targets import value_of
 from graft.method import Method
 from graft.methods.trainable_tokens import HeadRowsDelta, TokenRows, TrainableTokens
+from graft.weights import is_embedding
 
 KEY = "trainable_tokens_delta"
 NAMES = {"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"}
@@ -57,7 +58,9 @@ class TrainableTokensForm(Form):
         rows = adapter.shared
         assert isinstance(rows, TokenRows)
         first, *others = tied(model)
-        return {f"{ROOT}{first}.{KEY}": plain(rows.rows), **{f"{ROOT}{path}.{KEY}": _same(rows) for path in others}}
+        modules = targets.modules(model)
+        slots = {f"{ROOT}{path}.{KEY}": _same(rows, optional=not is_embedding(modules[path])) for path in others}
+        return {f"{ROOT}{first}.{KEY}": plain(rows.rows), **slots}
 
 
 def tied(model: nn.Module) -> list[str]:
@@ -73,11 +76,14 @@ def _targeted(model: nn.Module, named: Any) -> set[str]:
     return targets.targeted(model, {"target_modules": named}) if named is not None else set()
 
 
-def _same(rows: TokenRows) -> Slot:
-    """The rows of a tied module, which must be the embedding's."""
+def _same(rows: TokenRows, *, optional: bool) -> Slot:
+    """The rows of a tied module, which must be the embedding's.
+
+    Those of an embedding are needed: without them peft's rows stand where a model such as BART never reads them.
+    """
 
     def check(new: Tensor) -> None:
         if not rows.rows.is_meta and not torch.equal(new.to(rows.rows), rows.rows):
             raise AdapterFileError("a tied module has other rows than the embedding; Graft keeps one table for all")
 
-    return Slot(tuple(rows.rows.shape), lambda: rows.rows.detach(), check, optional=True, expected=True)
+    return Slot(tuple(rows.rows.shape), lambda: rows.rows.detach(), check, optional=optional, expected=True)

@@ -37,10 +37,13 @@ class VeRAForm(Form):
             raise AdapterFileError(f"bias = {bias!r} trains biases of the base too, which VeRA in Graft does not")
         if model is None and not value_of(config, "init_weights", True, bool):
             raise AdapterFileError("init_weights = false (random vectors) is not supported; leave it true")
+        seed = value_of(config, "projection_prng_key", 0, int)
+        if not -(2**63) <= seed < 2**63:
+            raise AdapterFileError(f"projection_prng_key = {seed} is no seed of 64 bits")
         return VeRA(
             rank=value_of(config, "r", 256, int),
             d_initial=value_of(config, "d_initial", 0.1, int, float),
-            seed=value_of(config, "projection_prng_key", 0, int),
+            seed=seed,
             dropout=value_of(config, "vera_dropout", 0.0, int, float),
             **targets.places(config, model),
         )

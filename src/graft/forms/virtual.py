@@ -28,13 +28,17 @@ def length_of(config: Config, model: nn.Module | None) -> int:
     """How many virtual tokens a config has.
 
     Raises:
-        AdapterFileError: `num_transformer_submodules` does not fit the model.
+        AdapterFileError: `num_transformer_submodules` or `task_type` does not fit the model.
     """
     length = value_of(config, "num_virtual_tokens", None, int)
     stacks = config.get("num_transformer_submodules")
-    if model is None or stacks is None:
+    if model is None:
         return length
     both = roles.is_encoder_decoder(model)
+    if both and config.get("task_type") == "CAUSAL_LM":
+        raise AdapterFileError(f"task_type = 'CAUSAL_LM' does not fit {type(model).__name__}, peft's is SEQ_2_SEQ_LM")
+    if stacks is None:
+        return length
     if stacks != 1 and not (both and stacks == 2):
         raise AdapterFileError(f"num_transformer_submodules = {stacks!r} does not fit {type(model).__name__}")
     return length

@@ -22,7 +22,7 @@ def intrinsic_dimension(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.max_steps=200.")
     ] = None,
     sizes: Annotated[str | None, typer.Option(help="Dimensions to try, by commas; 10,30,100,... otherwise.")] = None,
-    lrs: Annotated[str, typer.Option(help="Learning rates to try for each, by commas.")] = "1e-3,1e-2",
+    lrs: Annotated[str, typer.Option(help="Rates to try, for d = 1000; others by sqrt(1000 / d).")] = "1e-3,1e-2",
     full_lrs: Annotated[str | None, typer.Option(help="The same for full fine-tuning; train.lr otherwise.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds from the run's own.")] = 3,
     share: Annotated[float, typer.Option(help="Of full fine-tuning's score, to be reached.")] = 0.9,

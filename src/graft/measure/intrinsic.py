@@ -2,8 +2,9 @@
 
 d90 is the smallest d whose score is at least 90 % of full fine-tuning's (Aghajanyan et al. 2020, arXiv 2012.13255). The
 score of a classification is the evaluation's accuracy. Where there is only a loss, it is the drop of the evaluation
-loss from before the training to after it: 90 % of a loss itself would mean nothing. The same rates of a small sweep are
-tried for each d; a d's score is that of its best rate, each the mean over the seeds.
+loss from before the training to after it: 90 % of a loss itself would mean nothing. A d's score is that of the best
+rate of a small sweep, each the mean over the seeds. The rates are those for d = 1000, times sqrt(1000 / d): projections
+keep lengths, so a step of Adam is then as long in the space of the weights, whatever d.
 
 Every training is a folder of `graft train` in `<output>/runs`; `<output>/intrinsic.json` and `intrinsic.png` are
 written after each d. The same call goes on where it was stopped.
@@ -12,6 +13,7 @@ written after each d. The same call goes on where it was stopped.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from graft.train.setup import check_data, open_model, read_data
 
 RESULT, PLOT, RUNS = "intrinsic.json", "intrinsic.png", "runs"
 METHOD, FULL = "intrinsic", "full"
+RATED = 1000
+"""The d that the sweep's rates are meant for."""
 GRID = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
 
@@ -41,7 +45,7 @@ class Search:
 
     Args:
         sizes: the dimensions d, with SAID more than the base has tensors; None: 10, 30, 100, ..., 100,000.
-        lrs: the learning rates for each d.
+        lrs: the learning rates for d = 1000; those for another d are sqrt(1000 / d) times as high.
         full_lrs: those for full fine-tuning; None: the run's own.
         seeds: how many seeds, from the run's own; a seed draws the projection too.
         share: of full fine-tuning's score, which a d has to reach.
@@ -107,7 +111,8 @@ def measure(run: Run, search: Search | None = None, *, fresh: bool = False, cons
     found["threshold"] = search.share * full["score"]
     found["notes"] += _notes(found, facts)
     for size in sizes:
-        entry = {"size": size} | tried({**_method(run), "size": size}, search.lrs, f"d={size}")
+        lrs = tuple(float(f"{lr * math.sqrt(RATED / size):.3g}") for lr in search.lrs)
+        entry = {"size": size} | tried({**_method(run), "size": size}, lrs, f"d={size}")
         found["sizes"].append(entry)
         if found["d90"] is None and entry["score"] >= found["threshold"]:
             found["d90"] = size

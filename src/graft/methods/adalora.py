@@ -19,6 +19,7 @@ Shape legend: B rows, T tokens, I in, O out, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -86,12 +87,12 @@ class AdaLoRA(Method):
         super().__post_init__()
         if not 1 <= self.target_rank <= self.rank:
             raise ConfigError(f"AdaLoRA: target_rank must be from 1 to rank ({self.rank}), not {self.target_rank}")
-        if self.alpha == 0:
-            raise ConfigError("AdaLoRA: alpha=0 would never act")
+        if self.alpha == 0 or not math.isfinite(self.alpha):
+            raise ConfigError(f"AdaLoRA: alpha must be a finite number and not 0, not {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"AdaLoRA: dropout must be in [0, 1), not {self.dropout}")
         for key, least in (("tinit", 0), ("tfinal", 0), ("delta_t", 1), ("gamma", 0)):
-            if getattr(self, key) < least:
+            if not least <= getattr(self, key) < math.inf:
                 raise ConfigError(f"AdaLoRA: {key} must be at least {least}, not {getattr(self, key)}")
         for key in ("beta1", "beta2"):
             if not 0.0 < getattr(self, key) < 1.0:

@@ -93,11 +93,11 @@ class Magnitude(Delta):
         return torch.cat(found)
 
     def base_norm(self) -> Tensor:
-        """`norm` over the base's own weight; without gradients kept until a tensor that it comes from has changed."""
+        """`norm` over the base's own weight; of a frozen adapter without gradients kept until a tensor that it comes from has changed."""
         weight: Any = self.site.module.weight
         sources = (weight, self.A, self.B)
-        # What comes after a forward with gradients may write where no version is counted: fused optimizers do.
-        trains = self.training or torch.is_grad_enabled()
+        # Who trains may write where no version is counted: fused optimizers and averaged weights do.
+        trains = self.training or torch.is_grad_enabled() or self.A.requires_grad
         if trains or torch.compiler.is_compiling() or any(each.is_inference() for each in sources):
             self.cached = None
             return self.norm(weight_OI(self.site.module))

@@ -18,7 +18,7 @@ Shape legend: B rows, T tokens, I in, O out, V vocabulary, D width, d coordinate
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,16 +48,19 @@ class IntrinsicDimension(Method):
         kind: "said" (a trained scale for each of the m tensors) or "did".
         seed: of the projections.
         generator: the version of what makes projections of a seed; there is one so far.
+        values: how many values of the base move, as a file says it; None takes any base.
 
     Raises:
         ConfigError: a size that leaves no coordinates, or a value out of range.
-        SiteError: the model uses a weight otherwise than through a linear, an embedding or a norm.
+        SiteError: the model uses a weight otherwise than through a linear, an embedding or a norm, or has not as many
+            values as `values` says: every projection depends on its tensor's size.
     """
 
     size: int = 1000
     kind: str = "said"
     seed: int = 0
     generator: int = GENERATOR
+    values: int | None = None
 
     name: ClassVar[str] = "intrinsic"
     place: ClassVar[str] = "module"
@@ -115,6 +118,12 @@ class IntrinsicDimension(Method):
             for name, parameter in site.module.named_parameters(recurse=False):
                 places[f"{site.path}.{name}"] = order[id(parameter)]
                 numels[order[id(parameter)]] = _numel(site.module, name, parameter)
+        values = sum(numels.values())
+        if self.values not in (None, values):
+            raise SiteError(
+                f"IntrinsicDimension: made where {self.values:,} values move, here they are {values:,} (more tokens in "
+                "the embedding?), and the projections of other sizes are others; load the base that it was made on"
+            )
         like = next(build.model.parameters())
         return Coordinates(self, list(names.values()), numels, places, like.device)
 
@@ -128,6 +137,10 @@ class IntrinsicDimension(Method):
         if head:
             return HeadDelta(site)
         return NormChange(site) if kind_of(site.module) == "norm" else Change(site)
+
+    def saved_as(self, adapter: Any) -> Method:
+        """With the number of values that move on this base."""
+        return replace(self, values=sum(each.numel for each in adapter.shared.projections))
 
 
 class Coordinates(nn.Module):

@@ -84,15 +84,15 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(rank < 1 for rank in (self.rank, *self.rank_pattern.values())):
-            raise ConfigError(f"LoRA: rank must be at least 1, not {self.rank}")
-        if 0 in (self.alpha, *self.alpha_pattern.values()):
-            raise ConfigError("LoRA: alpha=0 would never act")
+        ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
+        if any(rank < 1 for rank in ranks):
+            raise ConfigError(f"LoRA: rank must be at least 1, not {min(ranks)}")
+        if 0 in alphas or not all(map(math.isfinite, alphas)):
+            raise ConfigError("LoRA: alpha must be a finite number and not 0, which would never act")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"LoRA: dropout must be in [0, 1), not {self.dropout}")
         if self.bias not in BIASES:
             raise ConfigError(f"LoRA: bias is one of {', '.join(BIASES)}, not {self.bias!r}")
-        ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
         lora_init.check(type(self).__name__, self.init, self.init_options, ranks, alphas)
         if not 0 < self.b_ratio < math.inf:
             raise ConfigError(f"{type(self).__name__}: b_ratio must be a positive number, not {self.b_ratio}")

@@ -70,7 +70,8 @@ def check(name: str, init: str, options: Mapping[str, float], ranks: Sequence[in
             hint = nearest(key, allowed) if allowed else f"init={init!r} has none"
             raise ConfigError(f"{name}: init_options: {key!r} is no setting of this start; {hint}")
         low, high = {"rho": (1, None), "tau": (0, 1), "batches": (1, None)}.get(key, (1e-9, None))
-        if not isinstance(value, int | float) or value < low or (high is not None and value > high):
+        number = isinstance(value, int | float) and math.isfinite(value) and (key != "batches" or value % 1 == 0)
+        if not number or value < low or (high is not None and value > high):
             raise ConfigError(f"{name}: init_options: {key} = {value!r} is out of range")
 
 

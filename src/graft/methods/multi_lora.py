@@ -60,8 +60,8 @@ class MultiLoRA(Method):
         check_rank("MultiLoRA", self.rank, self.dropout)
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
             raise ConfigError(f"MultiLoRA: count must be an integer of at least 1, not {self.count!r}")
-        if self.alpha == 0:
-            raise ConfigError("MultiLoRA: alpha=0 would never act")
+        if self.alpha == 0 or not math.isfinite(self.alpha):
+            raise ConfigError(f"MultiLoRA: alpha must be a finite number and not 0, not {self.alpha}")
 
     def delta(self, site: Site, build: Build) -> Delta:
         return MultiLoRADelta(site, self, asked_rows(site, self.targets, build, "MultiLoRA"))

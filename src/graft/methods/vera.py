@@ -61,6 +61,10 @@ class VeRA(Method):
         check_rank("VeRA", self.rank, self.dropout)
         if self.d_initial == 0:
             raise ConfigError("VeRA: d_initial=0 would never train: both vectors would start at zero")
+        if not math.isfinite(self.d_initial):
+            raise ConfigError(f"VeRA: d_initial must be a finite number, not {self.d_initial}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"VeRA: seed must be an integer from 0 to 2**63 - 1, not {self.seed!r}")
 
     def shared(self, sites: list[Site], build: Build) -> nn.Module:
         for site in sites:

@@ -1,0 +1,35 @@
+"""Settings of a method as its annotations say: Python itself would take "false" for true."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from graft.errors import ConfigError
+
+
+def check_types(settings: Any) -> None:
+    """Check every field of a dataclass instance against its annotation, without converting anything.
+
+    Raises:
+        ConfigError: a value of another type; an int is a float.
+    """
+    for name, adapter in _adapters(type(settings)).items():
+        value = getattr(settings, name)
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            where = f"{type(settings).__name__}: {name}"
+            raise ConfigError(f"{where}: {message[0].lower()}{message[1:]}, not {value!r}") from None
+
+
+@functools.cache
+def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+    hints = typing.get_type_hints(cls)
+    config = ConfigDict(arbitrary_types_allowed=True, strict=True)
+    return {field.name: TypeAdapter(hints[field.name], config=config) for field in dataclasses.fields(cls)}
