@@ -30,6 +30,7 @@ if _typing.TYPE_CHECKING:
     from graft.methods.adalora import AdaLoRA
     from graft.methods.bitfit import BitFit
     from graft.methods.bottleneck import Bottleneck
+    from graft.methods.compose import Compose
     from graft.methods.dora import DoRA
     from graft.methods.full import FullFineTuning
     from graft.methods.glora import GLoRA
@@ -41,12 +42,14 @@ if _typing.TYPE_CHECKING:
     from graft.methods.long_lora import LongLoRA
     from graft.methods.lora import LoRA
     from graft.methods.lora_fa import LoRAFA
+    from graft.methods.mam import MAM
     from graft.methods.multi_lora import MultiLoRA
     from graft.methods.norm_tuning import NormTuning
     from graft.methods.p_tuning import PTuning
     from graft.methods.p_tuning_v2 import PTuningV2
     from graft.methods.prefix import PrefixTuning
     from graft.methods.prompt import PromptTuning
+    from graft.methods.qlora import QLoRA
     from graft.methods.tied_lora import TiedLoRA
     from graft.methods.top_layers import TopLayers
     from graft.methods.trainable_tokens import TrainableTokens
@@ -90,6 +93,7 @@ __all__ = [
     "AdapterFileError",
     "BitFit",
     "Bottleneck",
+    "Compose",
     "ConfigError",
     "DataError",
     "DoRA",
@@ -104,6 +108,7 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "LongLoRA",
+    "MAM",
     "MergeError",
     "MultiLoRA",
     "NormTuning",
@@ -111,6 +116,7 @@ __all__ = [
     "PTuningV2",
     "PrefixTuning",
     "PromptTuning",
+    "QLoRA",
     "RouteError",
     "SLOT",
     "SiteError",

@@ -288,7 +288,8 @@ def _take(
         raise AdapterFileError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
     try:
         with torch.no_grad():
-            for key in sorted(tensors, key=lambda key: slots[key].optional):  # checks compare with what is filled
+            given = [key for key in slots if key in tensors]  # in the order of the slots, not of the file
+            for key in sorted(given, key=lambda key: slots[key].optional):  # checks compare with what is filled
                 slots[key].fill(tensors[key])
     except AdapterFileError as error:
         raise AdapterFileError(f"{path}: {error}") from error

@@ -314,6 +314,15 @@ def test_peft_writes_we_load_and_back(arch: str, tmp_path: Path, recwarn: pytest
     assert torch.equal(again(**data).logits, model(**data).logits)
 
 
+@pytest.mark.parametrize("arch", ["t5", "bart"])
+def test_a_table_that_several_stacks_share_loads_whatever_the_files_order(arch: str, tmp_path: Path) -> None:
+    data, model = data_of(arch), adapted(arch, graft.TrainableTokens(tokens=(5, 6)))
+    graft.save(model, "a", tmp_path / "a")
+    again = lively(arch)
+    graft.load(again, tmp_path / "a", "a")
+    assert torch.equal(again(**data).logits, model(**data).logits)
+
+
 def test_a_peft_config_object() -> None:
     import peft
 

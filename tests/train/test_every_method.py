@@ -48,9 +48,9 @@ QUICK, SLOW = ["train.lr=3e-2"], ["train.lr=3e-3"]
 LONGER = ["method.length=3", "train.max_steps=120", "train.schedule=linear", "train.lr=1e-1"]
 CHANGES = {
     "bitfit": QUICK,
-    "head": ["train.lr=1e-1"],
+    "head": ["train.lr=5e-2", "train.max_steps=60"],
     "ia3": QUICK,
-    "intrinsic": ["train.lr=3e-2", "train.max_steps=15"],
+    "intrinsic": ["train.max_steps=30"],
     "llama_adapter": ["method.layers=2"],
     "mam": SLOW,
     "multi_lora": SLOW,
@@ -61,6 +61,7 @@ CHANGES = {
     "prompt_tuning": LONGER,
     "top_layers": ["method.count=1"],
     "trainable_tokens": ["method.tokens=[a, d, i, m, te]", "train.lr=3e-2"],
+    "unipelt": [*LONGER, "train.max_steps=80", "train.lr=1e-2"],
     "vera": QUICK,
 }
 """What the tiny models, of two layers and width 32, need in place of the example's settings."""
@@ -142,3 +143,39 @@ def test_on_a_tiny_classifier(name: str, arch: str, folders: Path, tmp_path: Pat
     found = ratio(name, tmp_path / "run", rows, on_tiny(name, arch, folders))
     print(f"RATIO {arch} {name} {found:.4f}")
     assert found < bound(name, arch)
+
+
+REFUSALS = [
+    ("bitfit", "embedded", "no biases at all"),
+    ("llama_adapter", "bert", "is an encoder"),
+    ("long_lora", "bert", "is no decoder alone"),
+    ("long_lora", "t5", "is no decoder alone"),
+    ("bitfit", "t5", "no biases at all"),
+    ("prompt_tuning", "t5", "no slots can go there"),
+]
+
+
+@pytest.mark.parametrize(("name", "base", "message"), REFUSALS, ids=lambda value: value.replace(" ", "-"))
+def test_what_a_base_cannot_take_is_refused_in_one_line(
+    name: str, base: str, message: str, folders: Path, tmp_path: Path
+) -> None:
+    changes = [f"data.train={EXAMPLES / 'labels.jsonl'}"]
+    if base == "embedded":
+        changes += ["base=embedded"]
+    else:
+        changes += [f"base={folders / base}", f"data.template={TEMPLATE[base]}"]
+    error = call(name, tmp_path / "run", changes, code=2)
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_head_of_a_model_without_one_is_refused(tmp_path: Path) -> None:
+    changes = [f"data.train={EXAMPLES / 'rows.jsonl'}", "data.template=chat"]
+    error = call("head", tmp_path / "run", changes, code=2)
+    assert error.startswith("error: ") and error.count("\n") == 1 and "no task head" in error, error
+
+
+def test_qlora_wants_a_quantized_base(tmp_path: Path) -> None:
+    changes = [f"data.train={EXAMPLES / 'rows.jsonl'}", "precision=fp32"]
+    error = call("qlora", tmp_path / "run", changes, code=2)
+    assert error.startswith("error: ") and error.count("\n") == 1 and "the base is not quantized" in error, error
