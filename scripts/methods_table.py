@@ -1,13 +1,13 @@
 """Print docs/methods.md, the table of all methods, from the registry: after a change run
 
-    python scripts/methods_table.py > methods.md && mv methods.md docs/methods.md
+python scripts/methods_table.py > methods.md && mv methods.md docs/methods.md
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import graft.files_forms  # noqa: F401  fills the registry of forms
+import graft.files_forms  # fills the registry of forms
 import graft.methods  # noqa: F401  fills the registry of methods
 from graft.forms.base import FORMS
 from graft.method import REGISTRY, Method, SelectMethod
@@ -30,8 +30,8 @@ FOOT = """\
 - **peft**: the `peft_type` of the folder, where peft's form computes the same; else our own form, which peft refuses.
   Composed adapters have a folder for each part, in its own form.
 - **trains**: with the default settings; a task head, where there is one, comes on top. I inputs and O outputs of a
-  linear, r `rank`, n `count`, P `length`, S `size`, D the model's width, F the feed-forward's, L layers, H heads, K heads
-  of keys and values, d the size of a head, V the vocabulary, H' the encoder's `hidden`.
+  linear, r `rank`, n `count`, P `length`, S `size`, D the model's width, F the feed-forward's, L layers, H heads,
+  K heads of keys and values, d the size of a head, V the vocabulary, H' the encoder's `hidden`.
 """
 
 

@@ -289,7 +289,8 @@ def _take(
     try:
         with torch.no_grad():
             given = [key for key in slots if key in tensors]  # in the order of the slots, not of the file
-            for key in sorted(given, key=lambda key: slots[key].optional):  # checks compare with what is filled
+            # What is only checked, against what has been filled, comes last.
+            for key in sorted(given, key=lambda key: slots[key].optional or slots[key].expected):
                 slots[key].fill(tensors[key])
     except AdapterFileError as error:
         raise AdapterFileError(f"{path}: {error}") from error
