@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,9 @@ from graft.method import SCALE, AttentionDelta, CopyDelta, Delta, InputDelta, Me
 from graft.positions import PositionDelta
 from graft.roles import Site
 from graft.routes import Entry
+
+
+log = logging.getLogger("graft")
 
 
 class Adapter(nn.Module):
@@ -49,6 +53,24 @@ class Adapter(nn.Module):
         self.card: dict[str, Any] | None = None
         self.acting = False
         self.trains = False
+        self.guided = False
+        """Whether a trainer asks the method what it wants to do while training."""
+
+    def warn_unguided(self) -> None:
+        """Say once that whoever trains this adapter does not ask its method for its part in training."""
+        for leaf in self.leaves:
+            if leaf.guided or not leaf.trainable:
+                continue
+            leaf.guided = True
+            wants = _wants(leaf)
+            if wants:
+                log.warning(
+                    "adapter %r (%s) trains outside of GraftTrainer, which would have called %s of its method; without "
+                    "them it trains as something else (docs/train.md, a loop of your own)",
+                    leaf.name,
+                    leaf.method.name,
+                    ", ".join(wants),
+                )
 
     @property
     def leaves(self) -> list[Adapter]:
@@ -157,6 +179,16 @@ class Adapter(nn.Module):
         self.sites |= adapter.sites
         for stack, shift in adapter.shift.items():
             self.shift[stack] = self.shift.get(stack, 0) + shift
+
+
+def _wants(adapter: Adapter) -> list[str]:
+    """What of its own an adapter's method does while it trains, by the names of its methods."""
+    method, names = adapter.method, ("begin", "before_step", "after_step")
+    own = [name for name in names if getattr(type(method), name) is not getattr(Method, name)]
+    own += ["start"] if method.wants_batches() else []
+    own += ["rate"] if any(method.rate(name) != 1.0 for name, _ in adapter.named_parameters()) else []
+    penalised = any(type(delta).penalty is not Delta.penalty for _, delta in adapter.items())
+    return own + (["penalty"] if penalised else [])
 
 
 def _conflict(path: str, delta: Delta, other_path: str, other: Delta) -> str | None:

@@ -55,6 +55,8 @@ class Bank(nn.Module):
         self.attention: list[tuple[Any, str]] = []
         self.unchecked: set[str] = set()
         self.visited: set[str] | None = None
+        self.given = False
+        self.tables: list[Any] = []
 
     def __getitem__(self, name: str) -> Adapter:
         whole, _, part = name.partition("/")
@@ -134,10 +136,25 @@ class Bank(nn.Module):
             if drawer.training and (root or drawer.drawn is None):
                 drawer.draw()
         if root:
+            self._look(module, kwargs)
             attend.keep(self)
             self.current.check_packed(module, kwargs)
             quiet = self.asleep or torch.compiler.is_compiling() or kwargs.get("encoder_outputs") is not None
             self.visited = set() if self.unchecked and not quiet else None
+
+    def _look(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        """What may have happened to the model since the last forward, and how it is trained."""
+        self.given = any(isinstance(value, Tensor) and value.requires_grad for value in kwargs.values())
+        if self.asleep:
+            return
+        if any(here is not now for here, now in zip(self.tables, tables(module), strict=True)):
+            raise RouteError(
+                "the embeddings or the head were replaced after the first attach (resize_token_embeddings?), and "
+                "adapters there would not act; save them, resize, attach again"
+            )
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for adapter in self:
+                adapter.warn_unguided()
 
     def end(self, module: nn.Module) -> None:
         """After the first forward: every site of a new adapter must have run, or it is there in name only."""
@@ -272,6 +289,7 @@ class Bank(nn.Module):
 
     def watch(self, model: PreTrainedModel) -> None:
         """Install the hooks that every model with a bank has."""
+        self.tables = tables(model)
         watched: list[nn.Module] = [model]
         base = getattr(model, "base_model", model)
         if base is not model:
@@ -305,6 +323,18 @@ def bank_of(model: nn.Module) -> Bank:
     return bank
 
 
+def tables(model: Any) -> list[Any]:
+    """The model's token embedding and output head; None for what it has not."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    found = []
+    for getter in getters:
+        try:
+            found.append(getter() if getter is not None else None)
+        except (NotImplementedError, AttributeError):
+            found.append(None)
+    return found
+
+
 def known(bank: Bank, entry: Entry) -> Entry:
     """The entry itself, if every adapter that it names is attached and may have the weight that it gives."""
     for name, weight in entry:
@@ -315,5 +345,9 @@ def known(bank: Bank, entry: Entry) -> Entry:
             raise RouteError(f"adapter {name!r} ({adapter.method.name}) can only have weight 1, not {weight}")
         if adapter.selected and len(entry) > 1:
             raise RouteError(f"adapter {name!r} ({adapter.method.name}) trains the base itself; it acts alone")
+    names = {name for name, _ in entry}
+    twice = next((name for name in sorted(names) if "/" in name and name.partition("/")[0] in names), None)
+    if twice is not None:
+        raise RouteError(f"the entry has {twice!r} and {twice.partition('/')[0]!r}, whose part it is; name one of them")
     positions.divisor(bank, entry)
     return entry

@@ -289,8 +289,7 @@ def _take(
     try:
         with torch.no_grad():
             given = [key for key in slots if key in tensors]  # in the order of the slots, not of the file
-            # What is only checked, against what has been filled, comes last.
-            for key in sorted(given, key=lambda key: slots[key].optional or slots[key].expected):
+            for key in sorted(given, key=lambda key: slots[key].optional):  # checks compare with what is filled
                 slots[key].fill(tensors[key])
     except AdapterFileError as error:
         raise AdapterFileError(f"{path}: {error}") from error

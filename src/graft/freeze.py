@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graft.bank import Bank
     from graft.routes import Entry
 
+EMBEDDED = ("embedding", "position", "token_type", "norm.embedding")
 ABOVE = ("head", "norm.final", "pooler")
 """Roles outside of all blocks that stand above them."""
 
@@ -107,7 +108,9 @@ def start(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
     for each in (adapter, *adapter.leaves):
         each.starts = first
     if first:
-        hook, block = StartHook(bank, first), found[0][first][1]
+        below = [p for _, block in found[0][:first] for p in block.parameters()]
+        below += [p for site in roles.sites(model) if site.role in EMBEDDED for p in site.module.parameters()]
+        hook, block = StartHook(bank, first, below), found[0][first][1]
         bank.hook(f":barrier:{adapter.name}", block.register_forward_pre_hook(hook.before, with_kwargs=True))
 
 

@@ -257,15 +257,21 @@ class BarrierHook:
 
 
 class StartHook(BarrierHook):
-    """Detaches what enters a block while training, if every adapter in the route starts there or further up."""
+    """Detaches what enters a block while training, if every adapter in the route starts there or further up.
 
-    def __init__(self, bank: Bank, layer: int) -> None:
+    It does not where somebody wants a gradient from further down: of inputs that were given, or of a weight below.
+    """
+
+    def __init__(self, bank: Bank, layer: int, below: list[nn.Parameter]) -> None:
         self.bank = bank
         self.layer = layer
+        self.below = below
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Only while training: in eval mode somebody may want the gradient of the inputs.
-        if self.bank.asleep or not module.training:
+        if self.bank.asleep or not module.training or self.bank.given:
+            return None
+        if any(parameter.requires_grad for parameter in self.below):
             return None
         names = [name for entry in self.bank.current.entries for name, _ in self.bank.leaves(entry)]
         if not names or any((self.bank[name].starts or 0) < self.layer for name in names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from typing import Any
 
@@ -18,8 +19,10 @@ def check_types(settings: Any) -> None:
     Raises:
         ConfigError: a value of another type; an int is a float.
     """
-    for name, adapter in _adapters(type(settings)).items():
+    for name, adapter in _adapters(settings.__class__).items():
         value = getattr(settings, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{type(settings).__name__}: {name} must be a finite number, not {value}")
         try:
             adapter.validate_python(value)
         except ValidationError as error:
@@ -29,7 +32,7 @@ def check_types(settings: Any) -> None:
 
 
 @functools.cache
-def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = typing.get_type_hints(cls)
     config = ConfigDict(arbitrary_types_allowed=True, strict=True)
     return {field.name: TypeAdapter(hints[field.name], config=config) for field in dataclasses.fields(cls)}

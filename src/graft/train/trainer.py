@@ -81,6 +81,9 @@ class GraftTrainer(SavingTrainer):
         with trains_quantized(model):
             super().__init__(model, args, *positional, **kwargs)
         self.add_callback(MethodSteps(model))
+        for adapter in bank_of(model):
+            for leaf in adapter.leaves:
+                leaf.guided = True
         if use_cache is not None:
             model.config.use_cache = use_cache  # Trainer changes the user's model; our batches say use_cache instead
         self.data_collator: Callable[..., Any] = _KeepAdapters(self.data_collator)
