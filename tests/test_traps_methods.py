@@ -57,7 +57,7 @@ def test_the_graph_goes_on_where_somebody_wants_its_gradient() -> None:
 @pytest.mark.parametrize(
     ("method", "named"),
     [
-        (graft.AdaLoRA(rank=4, target_rank=2), "begin, after_step, penalty"),
+        (graft.AdaLoRA(rank=4, target_rank=2), "after_step, penalty"),
         (graft.LoRA(b_ratio=16.0), "rate"),
         (graft.LoRAFA(projected=True), "before_step"),
         (graft.LoRA(), ""),

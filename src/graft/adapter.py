@@ -66,7 +66,7 @@ class Adapter(nn.Module):
             if wants:
                 log.warning(
                     "adapter %r (%s) trains outside of GraftTrainer, which would have called %s of its method; without "
-                    "them it trains as something else (docs/train.md, a loop of your own)",
+                    "them it trains as something else (docs/python.md, a plain loop)",
                     leaf.name,
                     leaf.method.name,
                     ", ".join(wants),
@@ -183,7 +183,7 @@ class Adapter(nn.Module):
 
 def _wants(adapter: Adapter) -> list[str]:
     """What of its own an adapter's method does while it trains, by the names of its methods."""
-    method, names = adapter.method, ("begin", "before_step", "after_step")
+    method, names = adapter.method, ("before_step", "after_step")
     own = [name for name in names if getattr(type(method), name) is not getattr(Method, name)]
     own += ["start"] if method.wants_batches() else []
     own += ["rate"] if any(method.rate(name) != 1.0 for name, _ in adapter.named_parameters()) else []

@@ -32,6 +32,7 @@ log = logging.getLogger("graft")
 
 CARD_FIELDS = {"format_version", "graft_version", "method", "peft_compat", "template", "tensors_sha256"}
 CARD_FIELDS |= {"base", "probe"}
+CARD_KINDS: dict[str, type] = {"base": dict, "probe": dict, "template": dict, "peft_compat": bool, "tensors_sha256": str}
 CHECKS = ("error", "warn", "off")
 FORMS = ("auto", "peft")
 ENCODED = "a folder holds what its encoder or MLP made, not the encoder: the rows train on by themselves"
@@ -157,6 +158,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     for field, value in card.items():
         if field not in CARD_FIELDS and not targets.empty(value):
             raise AdapterFileError(f"{path}: field {field!r} is not known to this version of Graft")
+    for field, kind in CARD_KINDS.items():
+        if card.get(field) is not None and not isinstance(card[field], kind):
+            raise AdapterFileError(f"{path}: {field} = {card[field]!r} is not what this version of Graft writes")
     if not isinstance(card.get("method"), dict):
         raise AdapterFileError(f"{path}: it names no method; delete it to load the folder as peft's")
     return card

@@ -253,10 +253,10 @@ def test_any_adapter_may_go_to_a_base_with_more_tokens(tmp_path: Path) -> None:
 
 def test_errors() -> None:
     for tokens in ((), "5", 5):
-        with pytest.raises(graft.ConfigError, match="tokens is a list of ids"):
+        with pytest.raises(graft.ConfigError, match="tokens(:| is a list of ids)"):
             graft.TrainableTokens(tokens=tokens)  # type: ignore[arg-type]
     for wrong in (-1, True, 2.5):
-        with pytest.raises(graft.ConfigError, match="tokens are ids from 0"):
+        with pytest.raises(graft.ConfigError, match="tokens(:| are ids from 0)"):
             graft.TrainableTokens(tokens=(3, wrong))  # type: ignore[arg-type]
     with pytest.raises(graft.ConfigError, match="names 7 twice"):
         graft.TrainableTokens(tokens=(7, 5, 7))
@@ -332,7 +332,7 @@ def test_a_peft_config_object() -> None:
         graft.attach(tiny("gpt2"), theirs("gpt2", target_modules=["wte", "lm_head"]))
     with pytest.raises(graft.ConfigError, match="init_weights = false"):
         graft.attach(tiny("gpt2"), theirs("gpt2", init_weights=False))
-    with pytest.raises(graft.ConfigError, match="tokens is a list of ids"):
+    with pytest.raises(graft.ConfigError, match="tokens(:| is a list of ids)"):
         graft.attach(tiny("gpt2"), peft.TrainableTokensConfig(token_indices=[]))
 
 
