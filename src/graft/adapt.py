@@ -14,6 +14,7 @@ from graft.errors import ConfigError, RouteError, SiteError
 from graft.method import Build, CopyDelta, Method, SelectMethod
 from graft.roles import Site
 from graft.routes import Entry, Route, entry_of
+from graft.weights import quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -319,4 +320,7 @@ def _named(model: PreTrainedModel, name: str) -> list[Site]:
     if not found:
         raise SiteError(f"modules_to_save: no module is named {name!r}")
     vocabulary.refuse_routed(site.path for site in found)
+    packed = next((site.path for site in found if any(quantized(part) for part in site.module.modules())), None)
+    if packed is not None:
+        raise SiteError(f"modules_to_save: {packed} is quantized and cannot be trained whole; put an adapter there")
     return found

@@ -15,7 +15,6 @@ from graft.positions import PositionDelta
 from graft.roles import Site
 from graft.routes import Entry
 
-
 log = logging.getLogger("graft")
 
 

@@ -32,7 +32,8 @@ log = logging.getLogger("graft")
 
 CARD_FIELDS = {"format_version", "graft_version", "method", "peft_compat", "template", "tensors_sha256"}
 CARD_FIELDS |= {"base", "probe"}
-CARD_KINDS: dict[str, type] = {"base": dict, "probe": dict, "template": dict, "peft_compat": bool, "tensors_sha256": str}
+CARD_KINDS: dict[str, type] = dict.fromkeys(("base", "probe", "template"), dict)
+CARD_KINDS |= {"peft_compat": bool, "tensors_sha256": str}
 CHECKS = ("error", "warn", "off")
 FORMS = ("auto", "peft")
 ENCODED = "a folder holds what its encoder or MLP made, not the encoder: the rows train on by themselves"
@@ -83,8 +84,8 @@ def save(
     if any(parameter.is_meta for parameter in adapter.parameters()):
         raise AdapterFileError(f"adapter {name!r} is on the meta device and has no values to save")
     with files_disk.replacing(folder) as new:
-        _write(model, adapter, new, template, form)
-        for key, part in adapter.parts.items():
+        own = _write(model, adapter, new, template, form)
+        for key, part in adapter.parts.items() if own else ():
             (new / key).mkdir()
             _write(model, part, new / key, template, form)  # type: ignore[arg-type]
     return folder
@@ -133,7 +134,7 @@ def load(
     try:
         adapter.method = method
         _take(model, adapter, folder, config, card, tensors, own)
-        for key, part in adapter.parts.items():
+        for key, part in adapter.parts.items() if own else ():
             _take_part(model, part, folder / key)  # type: ignore[arg-type]
     except BaseException:
         detach(model, name)
@@ -195,8 +196,11 @@ def check_saved(model: nn.Module, name: str) -> float | None:
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def _write(model: nn.Module, adapter: Adapter, new: Path, template: dict[str, Any] | None, form: str) -> None:
-    """The files of one adapter into a new folder; the parts of a composed one have folders of their own in it."""
+def _write(model: nn.Module, adapter: Adapter, new: Path, template: dict[str, Any] | None, form: str) -> bool:
+    """The files of one adapter into a new folder, and whether they are in our own form.
+
+    The parts of a composed adapter in our own form have folders of their own in it.
+    """
     with torch.no_grad():
         adapter = files_lora.exported(model, adapter) if form == "peft" else adapter
         config, slots = _layout(model, adapter, form, template)
@@ -207,6 +211,7 @@ def _write(model: nn.Module, adapter: Adapter, new: Path, template: dict[str, An
     card["tensors_sha256"] = files_disk.checksum(new / TENSORS)
     files_disk.write_json(new / CONFIG, dict(sorted(config.items())))
     files_disk.write_json(new / CARD, card)
+    return "format_version" in config
 
 
 def _layout(

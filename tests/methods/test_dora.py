@@ -177,9 +177,9 @@ def test_norm_is_taken_at_every_step_of_a_training(monkeypatch: pytest.MonkeyPat
     model, data = adapted("llama", graft.DoRA(rank=4)), data_of("llama")
     counts = []
     steps = ((True, True, True), (True, True, True), (True, False, True), (True, False, False), (False, False, False))
-    for trainable, training, gradients in (*steps, (False, False, False)):
+    for trains, training, gradients in (*steps, (False, False, False)):
         model.train(training)
-        model.adapters["a"].requires_grad_(trainable)
+        model.adapters["a"].requires_grad_(trains)
         calls.clear()
         with torch.set_grad_enabled(gradients):
             model(**data)

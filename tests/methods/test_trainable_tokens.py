@@ -253,10 +253,10 @@ def test_any_adapter_may_go_to_a_base_with_more_tokens(tmp_path: Path) -> None:
 
 def test_errors() -> None:
     for tokens in ((), "5", 5):
-        with pytest.raises(graft.ConfigError, match="tokens(:| is a list of ids)"):
+        with pytest.raises(graft.ConfigError, match=r"tokens(:| is a list of ids)"):
             graft.TrainableTokens(tokens=tokens)  # type: ignore[arg-type]
     for wrong in (-1, True, 2.5):
-        with pytest.raises(graft.ConfigError, match="tokens(:| are ids from 0)"):
+        with pytest.raises(graft.ConfigError, match=r"tokens(:| are ids from 0)"):
             graft.TrainableTokens(tokens=(3, wrong))  # type: ignore[arg-type]
     with pytest.raises(graft.ConfigError, match="names 7 twice"):
         graft.TrainableTokens(tokens=(7, 5, 7))
@@ -282,8 +282,8 @@ def theirs(arch: str, **options: Any) -> Any:
     return peft.TrainableTokensConfig(task_type=TASKS[arch], token_indices=list(used(arch)), **options)
 
 
-def moved_twin(arch: str, **options: Any) -> Any:
-    twin = peft_twin(arch, theirs(arch, **options))
+def moved_twin(arch: str, config: Any = None, **options: Any) -> Any:
+    twin = peft_twin(arch, config or theirs(arch, **options))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -332,7 +332,7 @@ def test_a_peft_config_object() -> None:
         graft.attach(tiny("gpt2"), theirs("gpt2", target_modules=["wte", "lm_head"]))
     with pytest.raises(graft.ConfigError, match="init_weights = false"):
         graft.attach(tiny("gpt2"), theirs("gpt2", init_weights=False))
-    with pytest.raises(graft.ConfigError, match="tokens(:| is a list of ids)"):
+    with pytest.raises(graft.ConfigError, match=r"tokens(:| is a list of ids)"):
         graft.attach(tiny("gpt2"), peft.TrainableTokensConfig(token_indices=[]))
 
 
@@ -358,3 +358,50 @@ def test_our_own_form_where_a_head_trains_along(tmp_path: Path) -> None:
     again = lively("bert")
     assert graft.load(again, tmp_path / "a", "a").method == whole
     assert torch.equal(again(**data).logits, model(**data).logits)
+
+
+# -------------------------------------------------------------------------------------------------- beside peft's LoRA
+
+
+@quiet
+@pytest.mark.parametrize("arch", ["llama", "llama_tied", "gpt2", "bert", "t5", "bart"])
+def test_tokens_beside_peft_s_lora(arch: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """peft's `trainable_token_indices` is a composition here, and goes back as one folder of peft's."""
+    import peft
+
+    config = peft.LoraConfig(task_type=TASKS[arch], r=3, trainable_token_indices=list(used(arch)))
+    data, twin = data_of(arch), moved_twin(arch, config)
+    twin.save_pretrained(tmp_path / "theirs")
+    want = twin(**data).logits
+    model = lively(arch)
+    method = graft.load(model, tmp_path / "theirs", "a").method
+    assert [part.name for part in method.parts] == ["lora", "trainable_tokens"]  # type: ignore[attr-defined]
+    close(model(**data).logits, want)
+    graft.save(model, "a", tmp_path / "ours")
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "graft.json",
+    }  # fmt: skip
+    close(peft.PeftModel.from_pretrained(lively(arch), tmp_path / "ours").eval()(**data).logits, want)
+    assert not any("keys" in str(warning.message) or "Unexpected" in str(warning.message) for warning in recwarn)
+    for bare in (False, True):
+        if bare:
+            (tmp_path / "ours" / "graft.json").unlink()
+        again = lively(arch)
+        graft.load(again, tmp_path / "ours", "b")
+        assert torch.equal(again(**data).logits, model(**data).logits)
+
+
+@quiet
+def test_what_tokens_beside_peft_s_lora_cannot_be(tmp_path: Path) -> None:
+    import peft
+
+    def config(**options: Any) -> Any:
+        return peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options)
+
+    adapter = graft.attach(tiny("llama"), config(trainable_token_indices={"embed_tokens": [5, 9]}))
+    assert adapter.trainable == 2 * 2 * 2 * 32 + 2 * 2 * 16 + 2 * 32 - 2 * 2 * 0
+    with pytest.raises(graft.ConfigError, match="lm_head is not the input embedding"):
+        graft.attach(tiny("llama"), config(trainable_token_indices={"lm_head": [5]}))
+    composed = adapted("llama", graft.Compose(graft.LoRA(rank=2), graft.IA3()))
+    with pytest.raises(graft.AdapterFileError, match="but for trainable tokens beside LoRA"):
+        graft.save(composed, "a", tmp_path / "a", form="peft")

@@ -22,15 +22,17 @@ from transformers.pytorch_utils import Conv1D
 from graft import vocabulary
 from graft.adapter import Adapter
 from graft.errors import AdapterFileError
-from graft.forms import targets
+from graft.forms import targets, trainable_tokens
 from graft.forms.base import LINEAR, ROOT, Config, Form, Slot, Unheld, checked, number, plain, whole
 from graft.forms.targets import value_of
 from graft.method import CopyDelta, Delta, Method
+from graft.methods.compose import Compose
 from graft.methods.dora import DoRA, DoRADelta, Magnitude
 from graft.methods.lora import EmbeddingLoRADelta, LoRA, LoRADelta
 from graft.methods.lora_fa import LoRAFA
 from graft.methods.lora_init import kind_of
 from graft.methods.qlora import QLoRA
+from graft.methods.trainable_tokens import EmbeddingRowsDelta, HeadRowsDelta
 from graft.weights import weight_OI
 
 INITS = {True: "kaiming", False: "random", "gaussian": "gaussian"}
@@ -52,8 +54,9 @@ class LoRAForm(Form):
     kind = "LORA"
     fields = LINEAR | {"r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_rslora", "init_lora_weights"}
     fields |= {"rank_pattern", "alpha_pattern", "ensure_weight_tying", "use_dora", "eva_config", "lora_ga_config"}
+    fields |= {"trainable_token_indices"}
     inert = {"megatron_core", "qalora_group_size"}
-    methods = (LoRA, DoRA, LoRAFA, QLoRA)
+    methods = (LoRA, DoRA, LoRAFA, QLoRA, Compose)
 
     def read(self, config: Config, model: nn.Module | None) -> Method:
         start = _start(config, model)
@@ -68,7 +71,7 @@ class LoRAForm(Form):
                 except re.error as error:
                     raise AdapterFileError(f"{field}: {pattern!r} is no regex: {error}") from error
         kind = DoRA if value_of(config, "use_dora", False, bool) else LoRA
-        return kind(
+        made = kind(
             rank=value_of(config, "r", 8, int),
             alpha=value_of(config, "lora_alpha", 8, int, float),
             dropout=value_of(config, "lora_dropout", 0.0, int, float),
@@ -80,9 +83,12 @@ class LoRAForm(Form):
             **start,
             **targets.places(config, model),
         )
+        return trainable_tokens.beside(made, config, model)
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:
-        assert isinstance(method, LoRA)
+        method, tokens = trainable_tokens.split(method, adapter)
+        if not isinstance(method, LoRA):
+            raise Unheld(f"peft has no {method.name} beside trainable tokens")
         inits = {name: init for init, name in INITS.items()}
         if method.init not in inits:
             raise Unheld(f"init={method.init!r} is not one of peft's")
@@ -101,10 +107,11 @@ class LoRAForm(Form):
             "init_lora_weights": inits[method.init],
             "fan_in_fan_out": any(isinstance(module, Conv1D) for module in modules),
             **_ranks(method, pairs),
+            **tokens,
         }
 
     def slots(self, model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
-        slots = super().slots(model, adapter, config)
+        slots = super().slots(model, adapter, config) | trainable_tokens.beside_slots(model, adapter)
         if config.get("init_lora_weights") in FROM_BASE:  # peft's own file: the trained pair, without what it replaces
             for site, delta in adapter.items():
                 if isinstance(delta, LoRADelta):
@@ -116,6 +123,8 @@ class LoRAForm(Form):
         length = {"lora_magnitude_vector": _lengths(delta)} if isinstance(delta, Magnitude) else {}
         if isinstance(delta, EmbeddingLoRADelta):
             return {"lora_embedding_A": plain(delta.A), "lora_embedding_B": plain(delta.B)} | length
+        if isinstance(delta, EmbeddingRowsDelta | HeadRowsDelta):
+            return {}  # of all sites at once: `slots`
         assert isinstance(delta, LoRADelta), type(delta)
         pair = {"lora_A.weight": plain(delta.pair()[0]), "lora_B.weight": _blocks(delta)} | length
         if delta.B_bias is not None:

@@ -1,12 +1,14 @@
 """peft's TRAINABLE_TOKENS: `trainable_tokens_delta` (N, D), whole rows, beside the input embedding.
 
-peft writes the same rows once more for every module that is tied to the embedding, and warns if they are missing.
+peft writes the same rows once more for every module that is tied to the embedding, and warns if they are missing. Its
+LORA may have such rows too, in `token_adapter`: here that is a composition of the two methods.
 
 Shape legend: N named tokens, D width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from graft.forms import targets
 from graft.forms.base import ROOT, Config, Form, Slot, Unheld, plain
 from graft.forms.targets import value_of
 from graft.method import Method
+from graft.methods.compose import Compose
 from graft.methods.trainable_tokens import HeadRowsDelta, TokenRows, TrainableTokens
 from graft.weights import is_embedding
 
@@ -49,9 +52,7 @@ class TrainableTokensForm(Form):
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:
         assert isinstance(method, TrainableTokens)
-        heads = [delta for _, delta in adapter.items() if isinstance(delta, HeadRowsDelta)]
-        if any(getattr(delta.head[0], "bias", None) is not None and not delta.drops_bias for delta in heads):
-            raise Unheld("peft computes a tied head without its bias (peft_compat=True does so too)")
+        _check_heads(adapter)
         return {"target_modules": tied(model)[0], "token_indices": method.ids(), "init_weights": True}
 
     def slots(self, model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
@@ -63,6 +64,42 @@ class TrainableTokensForm(Form):
         return {f"{ROOT}{first}.{KEY}": plain(rows.rows), **slots}
 
 
+def beside(method: Method, config: Config, model: nn.Module | None) -> Method:
+    """What a LORA config means: the method, composed with `trainable_token_indices` where it has some."""
+    asked: Any = config.get("trainable_token_indices")
+    if targets.empty(asked):
+        return method
+    if isinstance(asked, dict):
+        name, asked = next(iter(asked.items())) if len(asked) == 1 else ("several modules", ())
+        if name.rpartition(".")[2] not in NAMES:
+            raise AdapterFileError(f"trainable_token_indices: {name} is not the input embedding")
+    if model is not None and targets.touches_embeddings(model, config):
+        raise AdapterFileError("trainable_token_indices beside a target that is the embedding is not supported")
+    plain_method = dataclasses.replace(method, modules_to_save=())
+    tokens = TrainableTokens(tokens=tuple(asked))
+    return Compose(plain_method, tokens, head=method.head, modules_to_save=method.modules_to_save)
+
+
+def split(method: Method, adapter: Adapter) -> tuple[Method, Config]:
+    """`beside` undone: the method of a LORA folder, and its field for tokens."""
+    if not isinstance(method, Compose):
+        return method, {}
+    first, *others = method.parts
+    if len(others) != 1 or not isinstance(others[0], TrainableTokens):
+        raise Unheld(f"peft has no {method.name} as Graft computes it, but for trainable tokens beside LoRA")
+    _check_heads(adapter)
+    return first, {"trainable_token_indices": others[0].ids()}
+
+
+def beside_slots(model: nn.Module, adapter: Adapter) -> dict[str, Slot]:
+    """The rows of tokens in a LORA folder."""
+    rows = next((leaf.shared for leaf in adapter.leaves if isinstance(leaf.shared, TokenRows)), None)
+    if rows is None:
+        return {}
+    first, *others = (f"{ROOT}{path}.token_adapter.{KEY}" for path in tied(model))
+    return {first: plain(rows.rows), **{key: _same(rows) for key in others}}
+
+
 def tied(model: nn.Module) -> list[str]:
     """The path of the input embedding, and then those of the modules that have the very same weight."""
     source: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -70,6 +107,12 @@ def tied(model: nn.Module) -> list[str]:
     first = [path for path, module in every.items() if module is source]
     alike = [path for path, module in every.items() if getattr(module, "weight", None) is source.weight]
     return [*first, *(path for path in alike if path not in first)]
+
+
+def _check_heads(adapter: Adapter) -> None:
+    heads = [delta for _, delta in adapter.items() if isinstance(delta, HeadRowsDelta)]
+    if any(getattr(delta.head[0], "bias", None) is not None and not delta.drops_bias for delta in heads):
+        raise Unheld("peft computes a tied head without its bias (peft_compat=True does so too)")
 
 
 def _targeted(model: nn.Module, named: Any) -> set[str]:
