@@ -141,7 +141,6 @@ def test_every_tensor_exactly_once(theirs: Path, change: Callable[[dict[str, Ten
         ("arrow_config", {"top_k": 1}),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("target_parameters", ["experts.down"]),
-        ("trainable_token_indices", [5]),
         ("megatron_config", {"x": 1}),
         ("layers_pattern", "h"),
         ("init_lora_weights", "pissa_niter_4"),

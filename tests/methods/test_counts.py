@@ -198,3 +198,12 @@ def test_papers() -> None:
         config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")
         t0 = transformers.T5ForConditionalGeneration(config)
     assert trainable(t0, graft.IA3()) == 540_672 == trainable(t0, graft.IA3(), False)
+
+
+def test_gpt3() -> None:
+    """LoRA's "4.7M" and "37.7M": q and v of the fused qkv, each with a pair of its own."""
+    with torch.device("meta"):
+        config = transformers.GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=64, vocab_size=64)
+        model = transformers.GPT2LMHeadModel(config)
+    counts = [trainable(model, graft.LoRA(rank=rank), False) for rank in (1, 4, 8)]
+    assert counts == [4_718_592, 18_874_368, 37_748_736]

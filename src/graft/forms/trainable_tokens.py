@@ -92,12 +92,9 @@ def split(method: Method, adapter: Adapter) -> tuple[Method, Config]:
 
 
 def beside_slots(model: nn.Module, adapter: Adapter) -> dict[str, Slot]:
-    """The rows of tokens in a LORA folder."""
+    """The rows of tokens in a LORA folder, where they stand once."""
     rows = next((leaf.shared for leaf in adapter.leaves if isinstance(leaf.shared, TokenRows)), None)
-    if rows is None:
-        return {}
-    first, *others = (f"{ROOT}{path}.token_adapter.{KEY}" for path in tied(model))
-    return {first: plain(rows.rows), **{key: _same(rows) for key in others}}
+    return {} if rows is None else {f"{ROOT}{tied(model)[0]}.token_adapter.{KEY}": plain(rows.rows)}
 
 
 def tied(model: nn.Module) -> list[str]:

@@ -93,7 +93,7 @@ class Magnitude(Delta):
         return torch.cat(found)
 
     def base_norm(self) -> Tensor:
-        """`norm` over the base's own weight; a frozen adapter keeps it until a tensor that it comes from has changed."""
+        """`norm` over the base's own weight; a frozen adapter keeps it until what it comes from has changed."""
         weight: Any = self.site.module.weight
         sources = (weight, self.A, self.B)
         # Who trains may write where no version is counted: fused optimizers and averaged weights do.
