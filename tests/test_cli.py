@@ -25,7 +25,7 @@ from graft.cli import app
 from tiny import tiny
 
 ASSETS = Path(graft.__file__).parent / "assets"
-VERBS = ["quickstart", "describe", "data", "train", "evaluate", "chat", "merge", "convert", "schema"]
+VERBS = ["quickstart", "describe", "data", "train", "evaluate", "chat", "merge", "convert", "schema", "measure"]
 PROGRAM = [sys.executable, "-c", "from graft.cli import main; main()"]
 ROWS = [
     {"prompt": "a red house", "references": ["It is red.", "A red one."]},
@@ -105,9 +105,10 @@ OPTIONS = {
     "evaluate": {"--data", "--adapter", "--metrics", "--column", "--split", "--limit", "--template", "--batch-size"}
     | {"--max-new-tokens", "--no-base", "--truncate", "--answers", "--precision", "--device", "--json"},
     "chat": {"--adapter", "--system", "--max-new-tokens", "--temperature", "--precision", "--device"},
-    "merge": {"--untie", "--precision", "--device"},
+    "merge": {"--untie", "--precision", "--into", "--device"},
     "convert": {"--base", "--to", "--from", "--alpha", "--parts", "--layers", "--rope-factor", "--device"},
     "schema": set(),
+    "measure": set(),
 }
 
 

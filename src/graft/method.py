@@ -395,6 +395,4 @@ def _plain(value: Any) -> Any:
 def _parsed(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"range"}:
         return range(*value["range"])
-    if isinstance(value, dict):
-        return {key: _parsed(each) for key, each in value.items()}
     return tuple(value) if isinstance(value, list) else value

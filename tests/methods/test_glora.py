@@ -337,7 +337,7 @@ def test_outside_of_training_the_set_path_acts() -> None:
         ({"c": "constant"}, "c is one of lora, vector, none"),
         ({"d": "lora"}, "d is one of vector, constant, none"),
         ({"genes": {"q": ("lora", "lora")}}, "q needs the forms of A, B, C, D and E"),
-        ({"genes": {"q": "lora"}}, "a list of forms for each name"),
+        ({"genes": {"q": "lora"}}, "genes: "),
         ({"choices": {"a": ("none",)}}, "set supernet=True"),
         ({"supernet": True, "choices": {"f": ("none",)}}, "'f'"),
         ({"supernet": True, "choices": {"a": ()}}, "at least one form"),

@@ -98,7 +98,7 @@ def test_groups_of_the_trainer(method: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", [graft.LoRA, graft.DoRA])
 def test_a_ratio_that_is_no_factor(ratio: float, kind: Any) -> None:
-    with pytest.raises(graft.ConfigError, match=f"{kind.__name__}: b_ratio must be a positive number"):
+    with pytest.raises(graft.ConfigError, match=f"{kind.__name__}: b_ratio must be a (positive|finite) number"):
         kind(b_ratio=ratio)
 
 

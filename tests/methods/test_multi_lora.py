@@ -147,7 +147,7 @@ def test_errors() -> None:
     for settings, message in (
         ({"rank": 0}, "rank must be"),
         ({"count": 0}, "count must be"),
-        ({"count": 1.5}, "count must be"),
+        ({"count": 1.5}, "count: input should be"),
         ({"alpha": 0}, "not 0"),
         ({"alpha": float("nan")}, "finite"),
         ({"dropout": -0.1}, "dropout"),

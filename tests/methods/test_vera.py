@@ -108,12 +108,12 @@ def test_combines_with_lora() -> None:
 def test_errors() -> None:
     for settings, message in (
         ({"rank": 0}, "rank must be"),
-        ({"rank": 2.0}, "rank must be"),
+        ({"rank": 2.0}, "rank: input should be"),
         ({"dropout": 1.0}, "dropout"),
         ({"d_initial": 0}, "never train"),
         ({"d_initial": float("nan")}, "finite"),
         ({"seed": 2**63}, "seed must be"),
-        ({"seed": "3"}, "seed must be"),
+        ({"seed": "3"}, "seed: input should be"),
     ):
         with pytest.raises(graft.ConfigError, match=message):
             graft.VeRA(**settings)  # type: ignore[arg-type]

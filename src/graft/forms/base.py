@@ -67,6 +67,8 @@ class Form:
     inert: ClassVar[set[str]] = set()
     methods: ClassVar[tuple[type[Method], ...]] = ()
     """The methods whose adapters this form may hold."""
+    sometimes: ClassVar[tuple[type[Method], ...]] = ()
+    """Methods of which it holds few adapters; `write` says of the others why not."""
     root: ClassVar[str] = ROOT
     """What stands in front of module paths in the names of tensors."""
 
@@ -121,7 +123,7 @@ def form_of(method: Method) -> Form:
     Raises:
         Unheld: peft has no such method.
     """
-    found = next((form for form in FORMS.values() if type(method) in form.methods), None)
+    found = next((form for form in FORMS.values() if type(method) in (*form.methods, *form.sometimes)), None)
     if found is None:
         raise Unheld(f"peft has no {method.name} as Graft computes it")
     return found

@@ -56,7 +56,8 @@ class LoRAForm(Form):
     fields |= {"rank_pattern", "alpha_pattern", "ensure_weight_tying", "use_dora", "eva_config", "lora_ga_config"}
     fields |= {"trainable_token_indices"}
     inert = {"megatron_core", "qalora_group_size"}
-    methods = (LoRA, DoRA, LoRAFA, QLoRA, Compose)
+    methods = (LoRA, DoRA, LoRAFA, QLoRA)
+    sometimes = (Compose,)
 
     def read(self, config: Config, model: nn.Module | None) -> Method:
         start = _start(config, model)

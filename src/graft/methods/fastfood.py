@@ -98,8 +98,9 @@ class Projection(nn.Module):
         self.factor = 1 / math.sqrt(squares * numel)
 
     def forward(self, vector_d: Tensor) -> Tensor:
-        """P x, (D), for x (d)."""
-        return _Fastfood.apply(vector_d, self)
+        """P x, (D), for x (d); in fp32 at least, for it sums many values."""
+        wide = vector_d if vector_d.dtype == torch.float64 else vector_d.float()
+        return _Fastfood.apply(wide, self)
 
 
 class _Fastfood(torch.autograd.Function):

@@ -65,7 +65,7 @@ class UniPELT(Method):
     hidden: int | None = 512
     reduction: int = 16
     size: int | None = None
-    submodules: tuple[str, ...] = SUBMODULES
+    submodules: tuple[str, ...] | str = SUBMODULES
 
     name: ClassVar[str] = "unipelt"
     place: ClassVar[str] = "several"
