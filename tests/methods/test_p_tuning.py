@@ -211,3 +211,10 @@ def test_bad_settings(settings: dict[str, Any], match: str) -> None:
 def test_json() -> None:
     method = graft.PTuning(length=6, encoder="lstm", hidden=8, encoder_layers=3, dropout=0.25)
     assert from_dict(method.to_dict()) == method
+
+
+def test_rows_have_a_shape_on_the_meta_device() -> None:
+    """`graft describe` looks at folders without weights."""
+    with torch.device("meta"):
+        adapter = graft.attach(tiny("llama").to("meta"), graft.PTuning(length=3, hidden=8), "a")
+    assert adapter.shared.expanded().shape == (3, 32)  # type: ignore[union-attr, operator]

@@ -160,7 +160,10 @@ def test_named_qlora_has_the_papers_settings(bases: dict[str, Any], tmp_path: Pa
     adapter = perturb(graft.attach(model, graft.QLoRA(rank=4), "a"), 1)
     graft.save(model, "a", tmp_path / "a")
     again = copy.deepcopy(bases["nf4"])
-    assert graft.load(again, tmp_path / "a", "b").method == adapter.method
+    plain = graft.load(again, tmp_path / "a", "b").method
+    assert type(plain) is graft.LoRA and (plain.rank, plain.alpha, plain.targets) == (4, 16, "all-linear")
+    assert adapter.method == graft.QLoRA(rank=4)
+    graft.load(base.load_base("embedded", precision="bf16", device="cpu"), tmp_path / "a", "c")
     close(again(IDS).logits.float(), model(IDS).logits.float())
     far(again(IDS).logits.float(), bases["nf4"](IDS).logits.float())
 

@@ -131,7 +131,8 @@ class PromptEncoder(Expanded):
         assert self.embedding is not None and self.mlp is not None
         e_PD = self.embedding.weight
         # In fp32 whatever the autocast; cuDNN's LSTM has no backward in eval mode, and P steps need no cuDNN.
-        with torch.autocast(e_PD.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+        kind = "cpu" if e_PD.is_meta else e_PD.device.type
+        with torch.autocast(kind, enabled=False), torch.backends.cudnn.flags(enabled=False):
             return self.mlp(e_PD if self.lstm is None else self.lstm(e_PD)[0])
 
     def expanded(self) -> Tensor:

@@ -11,11 +11,12 @@ Shape legend: I in, O out, R rank.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from graft.errors import ConfigError
-from graft.method import Build
+from graft.method import Build, Method
 from graft.methods.lora import LoRA
 from graft.roles import Site
 from graft.weights import quantized
@@ -48,3 +49,8 @@ class QLoRA(LoRA):
                 "same method on a plain base"
             )
         return found
+
+    def saved_as(self, adapter: Any) -> Method:
+        """LoRA: a folder may be loaded on the base in another precision."""
+        plain = super().saved_as(adapter)
+        return LoRA(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(LoRA)})
