@@ -15,7 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 # Floor -> modules and folders at the top of the package. A new one must be put here.
 FLOORS = {
     0: ("errors", "settings", "ids", "weights", "vocabulary", "roles", "method"),
-    1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt", "texts"),
+    1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt", "texts", "fast"),
     2: ("methods", "forms"),
     3: ("base", "files*", "probe", "description", "combining", "merging", "foreign"),
     4: ("data",),

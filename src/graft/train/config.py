@@ -136,7 +136,7 @@ class TrainSettings(_Settings):
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches in one optimizer step."""
     warmup: Annotated[Number, Field(ge=0)] = 0.03
-    """Below 1 a share of all steps, else a number of steps."""
+    """Below 1 a share of all steps, else a number of steps, fewer than all."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -31,12 +32,11 @@ from graft.train.folder import begin, begun, locked, place, undone, write_text
 from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
 from graft.train.result import Result, peak_bytes, read_result, result_dict
-from graft.train.schedule import Schedule
+from graft.train.schedule import Schedule, rate, warmup_steps
 from graft.train.setup import Data, check_data, length, open_model, read_data
 from graft.train.trainer import GraftTrainer
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class Interrupted(TrainingError):
@@ -92,11 +92,13 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
         console.print(data.report.table())
     check_data(run, data)
     autocast = _autocast(run)
+    schedule = _schedule(run, data)
+    warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
     model = open_model(run, data, tokenizer)
-    schedule = _schedule(run, data)
     with _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
+        trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         trainer.dry_run()
         if not resumed:
             begin(run, folder, data)
@@ -143,8 +145,6 @@ def _arguments(run: Run, folder: Path, schedule: Schedule, device: torch.device,
         per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
         optim=OPTIMIZERS[settings.optimizer],
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,

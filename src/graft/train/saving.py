@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,6 +29,17 @@ class SavingTrainer(Trainer):
     """How many checkpoints stay beside the best; None for what `save_total_limit` says."""
     newest: Path | None = None
     """The checkpoint that this training wrote or read last."""
+    rates: Callable[[int], float] | None = None
+    """The factor on the learning rate by step; None for what the arguments say."""
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.rates is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.rates)
+        self._created_lr_scheduler = True  # Trainer then makes it anew for another training
+        return self.lr_scheduler
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = super()._determine_best_metric(metrics, trial)

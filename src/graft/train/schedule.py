@@ -1,4 +1,4 @@
-"""Which batches a run sees, from the first to the last: computed at once, so that to resume is to skip.
+"""Which batches a run sees, from the first to the last, and at what rates: computed at once; to resume is to skip.
 
 Trainer resumes by counting batches of an epoch; packs differ in number from epoch to epoch. So the whole run is one
 list, and what Trainer calls an epoch is the run.
@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from graft.data.collate import LengthGrouped
+from graft.errors import ConfigError
 
 
 class Schedule:
@@ -90,3 +91,32 @@ class Schedule:
     def longest(self) -> list[int]:
         """The batch that needs most memory: rows times the longest row."""
         return max(self.batches, key=lambda batch: len(batch) * max(self.lengths[i] for i in batch))
+
+
+def rate(step: int, *, kind: str, steps: int, warmup: int) -> float:
+    """The factor on the learning rate in optimizer step `step`, from 0: never 0, for transformers' first step is lost.
+
+    Args:
+        kind: what follows the warm-up: "linear" and "cosine" fall towards 0 behind the last step, "constant" stays.
+        steps: all optimizer steps of the run.
+        warmup: in so many steps, fewer than `steps`, the rate grows by equal parts; the last of them has all of it.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / (steps - warmup))
+    return {"linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2, "constant": 1.0}[kind]
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """`train.warmup` in steps: below 1 it is a share of all steps, rounded up, and leaves at least one.
+
+    Raises:
+        ConfigError: as many steps as the run has, or more: it would never train at its rate.
+    """
+    if warmup < 1:
+        return min(math.ceil(warmup * steps), steps - 1)
+    if warmup >= steps:
+        raise ConfigError(
+            f"train.warmup: {warmup:g} steps, and the run has {steps}; use fewer, or a share of them such as 0.03"
+        )
+    return int(warmup)

@@ -9,7 +9,6 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import math
@@ -24,24 +23,20 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from graft.adapt import prepare, route
 from graft.bank import bank_of
 from graft.errors import TrainingError
-from graft.method import Delta
-from graft.slots import marked
 from graft.train import state as states
 from graft.train.guards import enough_memory, trains_quantized
-from graft.train.loss import in_fp32, logits_head
-from graft.train.saving import SavingTrainer
+from graft.train.loss import logits_head
+from graft.train.routed import COLUMNS, RoutedTrainer
 from graft.train.schedule import Schedule
 from graft.train.steps import MethodSteps, by_rate, first_batches, refuse_own_optimizer, start
 
-COLUMNS = ("adapter", "segments")
 NAMED = 20
 """Rows that an error names."""
 
 
-class GraftTrainer(SavingTrainer):
+class GraftTrainer(RoutedTrainer):
     """`transformers.Trainer` for an attached model; it takes the same arguments.
 
     A data set may have an `adapter` column, a batch an `adapter` list (one entry per row) or `segments`, (entry,
@@ -139,71 +134,7 @@ class GraftTrainer(SavingTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, self.with_slots(inputs), *args, **kwargs)
 
-    def with_slots(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the slots of its rows' soft prompts; itself if there are none."""
-        bank = bank_of(self.model)
-        if not any(bank.prompts(((name, 1.0),)) for name in bank.names) and not marked(batch):
-            return batch
-        if batch.get("segments") is not None:
-            return prepare(self.model, batch, segments=self._segments(batch["segments"]))
-        return prepare(self.model, batch, self._entries(batch.get("adapter")))
-
-    def routed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
-        """The inputs of the model without our columns, and the route that they ask for."""
-        plain = {key: value for key, value in inputs.items() if key not in COLUMNS}
-        if self.takes_cache:
-            plain["use_cache"] = False
-        segments = inputs.get("segments")
-        if segments is not None:
-            if any(adapter.selected for adapter in bank_of(self.model)):
-                return plain, contextlib.nullcontext()  # what trains the base itself cannot be routed, and need not be
-            return plain, route(self.model, segments=self._segments(segments))
-        entries = self._entries(inputs.get("adapter"))
-        return plain, contextlib.nullcontext() if entries is None else route(self.model, entries)
-
-    def _segments(self, segments: Sequence[tuple[Any, int]]) -> list[tuple[Any, int]]:
-        """Packed segments with the entry that each gets; what is in use, if none of them names anything."""
-        entries = self._entries([entry for entry, _ in segments]) or [dict(bank_of(self.model).used)] * len(segments)
-        return [(entry, length) for entry, (_, length) in zip(entries, segments, strict=True)]
-
-    def _entries(self, rows: Sequence[Any] | None) -> Sequence[Any] | None:
-        """The entries of a batch; None for what is in use, which is what rows mean that all name nothing."""
-        return None if rows is None or all(row is None for row in rows) else rows
-
-    # The loss.
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        inputs, routing = self.routed(inputs)
-        share: Any = None
-        if num_items_in_batch is not None and not self.counts_items:
-            world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            here = self._get_num_items_in_batch([inputs], self.args.device)
-            share = here / num_items_in_batch * world
-            num_items_in_batch = None
-        with routing, in_fp32(self.logits_head):
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if share is not None:
-            loss = loss * share
-        if model.training:
-            loss = self._with_penalties(loss)
-            if not loss.requires_grad:
-                raise TrainingError("nothing that trains acts on this batch; graft.use an adapter that trains")
-        return (loss, outputs) if return_outputs else loss
-
-    def _with_penalties(self, loss: Tensor) -> Tensor:
-        """The loss of a batch with its part of the adapters' penalties, which count once in a step."""
-        for adapter in states.trained(self.model):
-            for _, delta in adapter.items():
-                penalty = delta.penalty() if type(delta).penalty is not Delta.penalty else None
-                if penalty is not None:
-                    loss = loss + penalty / self.current_gradient_accumulation_steps
-        return loss
+    # Steps.
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if not self.losses:
@@ -212,11 +143,6 @@ class GraftTrainer(SavingTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, dtype=self.autocast)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """No weight decay on vectors: biases, norms, gates, scales."""
