@@ -32,7 +32,7 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     # The gradient of a constant or vector B is a sum that cancels; the contract's bound in fp32 is too tight for it.
     "glora": [
         {"supernet": True, "choices": {"b": ("lora", "lora_2", "none")}},
-        {"a": "vector", "b": "none", "c": "vector", "d": "constant", "e": "constant"},
+        {"a": "vector", "b": "none"},
     ],
 }
 NEEDED: dict[str, dict[str, Any]] = {
@@ -62,6 +62,8 @@ CANNOT: dict[str, dict[str, str]] = {
     ),
 }
 """Which architectures refuse a method, and what the error says."""
+BIASED = {"c": "vector", "d": "constant", "e": "constant"}
+"""What GLoRA's last variant has besides, where the base has biases."""
 ROUGH = {("unipelt", "mt5"): 10.0}
 """(method, architecture) -> how much looser fp32 gradients are compared, where they are sums that cancel.
 
@@ -78,7 +80,9 @@ def instances(name: str, arch: str) -> list[Method]:
     base |= OWN.get(name, {})
     if arch == "mixtral":
         base |= ATTENTION_ONLY.get(name, {})
-    return [cls(**{**base, **extra}) for extra in ({}, *EXTRA.get(name, []))]
+    more = BIASED if name == "glora" and arch not in CANNOT["bitfit"] else {}
+    extras = [extra | (more if "a" in extra else {}) for extra in EXTRA.get(name, [])]
+    return [cls(**{**base, **extra}) for extra in ({}, *extras)]
 
 
 def routable(arch: str) -> list[Method]:

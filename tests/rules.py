@@ -15,17 +15,30 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 # Floor -> modules and folders at the top of the package. A new one must be put here.
 FLOORS = {
     0: ("errors", "settings", "ids", "weights", "vocabulary", "roles", "method"),
-    1: ("routes", "hooks", "positions", "slots", "freeze", "adapter", "bank", "attend", "adapt", "texts", "fast"),
+    1: (
+        "routes",
+        "hooks",
+        "positions",
+        "slots",
+        "freeze",
+        "adapter",
+        "bank",
+        "attend",
+        "interface",
+        "adapt",
+        "texts",
+        "fast",
+    ),
     2: ("methods", "forms"),
     3: ("base", "files*", "probe", "description", "combining", "merging", "foreign"),
     4: ("data",),
     5: ("train", "align", "evaluate", "plan"),
-    6: ("compare", "measure", "serve", "page", "cli", "quickstart", "chat", "convert", "__main__"),
+    6: ("compare", "measure", "serve", "page", "cli*", "quickstart", "chat", "convert", "__main__"),
 }
 REGISTRY_FILLS_ITSELF = ("method", "methods")  # the one import upwards: the registry looks a method up by name
 FILE_LINES, FUNCTION_LINES = 400, 60
 API = {"attach", "detach", "use", "route", "prepare", "save", "load", "merge", "unmerge", "combine", "describe"}
-API |= {"load_base", "Adapter"}
+API |= {"load_base", "Adapter", "labelled_loss", "token_logprobs"}
 QUANTIZERS = {"bitsandbytes", "torchao"}
 QUANTIZER_CLASSES = re.compile(r"Linear4bit|Linear8bit(Lt)?|Params4bit|Int8Params|(BitsAndBytes|TorchAo)Config")
 UNPICKLERS = {"load", "loads", "Unpickler"}

@@ -124,9 +124,12 @@ def test_verbs_and_options_are_what_they_were() -> None:
 
 def test_version_and_usage_errors() -> None:
     assert call("--version")[0].strip() == graft.__version__
-    assert "No such command 'trian'" in call("trian", code=2)[1]
-    assert "--adaptr" in call("chat", "embedded", "--adaptr", "x", code=2)[1]
-    assert "Missing argument" in call("merge", "embedded", code=2)[1]
+    assert refused("trian") == "error: no such command 'trian'; did you mean 'train'; see graft --help\n"
+    assert "no such option: --adaptr" in refused("chat", "embedded", "--adaptr", "x")
+    assert refused("merge", "embedded") == "error: missing argument 'ADAPTER'; see graft merge --help\n"
+    assert "'--steps'" in refused("quickstart", "--steps", "0") and "foo" in refused("measure", "foo")
+    assert "--adaptr" in refused("--adaptr")
+    assert "Usage: graft" in call(code=2)[0] and "intrinsic" in call("measure", code=2)[0]
 
 
 def test_a_real_process_ends_with_2_and_one_line() -> None:
@@ -408,6 +411,35 @@ def test_merge_refuses_what_cannot_merge() -> None:
     assert "'soft' (prompt" in refused("merge", "embedded", "soft", "merged")
 
 
+def test_merge_of_a_composed_adapter_names_the_part_and_what_to_do() -> None:
+    model = graft.load_base("embedded", precision="fp32")
+    graft.attach(model, graft.Compose(graft.LoRA(rank=2), graft.PromptTuning(length=2)), "both")
+    graft.attach(model, graft.MAM(length=2, hidden=4, size=2), "mam")
+    graft.save(model, "both", "comp/adapter")
+    graft.save(model, "mam", "mam/adapter")
+    assert refused("merge", "embedded", "comp/adapter", "merged") == (
+        "error: adapter 'comp' (compose) cannot be merged: its part 'comp/adapter/prompt_tuning' (prompt_tuning) is no "
+        "change of weights, see model.embed_tokens; merge a part that can be, alone: 'comp/adapter/lora'\n"
+    )
+    assert "'mam/adapter/prefix_tuning'" in refused("merge", "embedded", "mam/adapter/", "merged")
+    call("merge", "embedded", "comp/adapter/lora", "merged", "--precision", "fp32")
+    with pytest.raises(graft.MergeError, match=r"its part 'both/prompt_tuning' .* alone: 'both/lora'$"):
+        graft.merge(model, "both")
+    with pytest.raises(graft.MergeError, match=r"'mam/prefix_tuning' .* nor can its other parts be$"):
+        graft.merge(model, "mam")
+
+
+def test_merge_errors_speak_the_options() -> None:
+    pytest.importorskip("bitsandbytes")
+    device = ("--device", "cpu")
+    text = refused("merge", "embedded", "legal", "merged", "--precision", "nf4", *device)
+    assert "merge into plain weights with --into bf16, or" in text
+    assert "error: --into: bf16 is" in refused("merge", "embedded", "legal", "merged", "--into", "bf16", *device)
+    assert "error: --into: 'x' is not one of" in refused("merge", "embedded", "legal", "merged", "--into", "x", *device)
+    assert "error: --precision: unknown" in refused("merge", "embedded", "legal", "merged", "--precision", "nf5")
+    assert "error: --device: unknown" in refused("merge", "embedded", "legal", "merged", "--device", "tpux")
+
+
 def test_convert_to_peft_and_back() -> None:
     peft = pytest.importorskip("peft")
     call("convert", "legal", "plain", "--to", "peft", "--base", "embedded")
@@ -568,7 +600,8 @@ def test_a_tied_head_is_merged_only_when_asked() -> None:
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
     graft.save(model, "head", "head")
-    assert "shares its weight" in refused("merge", "embedded", "head", "merged", "--precision", "fp32")
+    text = refused("merge", "embedded", "head", "merged", "--precision", "fp32")
+    assert "shares its weight" in text and "merge with --untie to" in text
     call("merge", "embedded", "head", "merged", "--precision", "fp32", "--untie")
     plain = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
     assert torch.allclose(logits(plain), logits(model), atol=1e-4)

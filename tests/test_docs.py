@@ -26,6 +26,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import forked_graft
+
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
 RUN = {"python": "python", "py": "python", "bash": "bash", "sh": "bash", "shell": "bash", "console": "console"}
@@ -111,15 +113,26 @@ def commands(block: Block) -> str:
     return "\n".join(found) + "\n"
 
 
-def environment(scratch: Path) -> dict[str, str]:
-    """The shell of the blocks: this interpreter's programs first, the sources importable, no network."""
+@pytest.fixture(scope="module")
+def forked() -> Iterator[str]:
+    """A folder with the forking `graft`, where there is one."""
+    if sys.platform != "linux":
+        yield ""
+        return
+    with forked_graft() as folder:
+        yield folder
+
+
+def environment(scratch: Path, forked: str = "") -> dict[str, str]:
+    """The shell of the blocks: the programs of `forked` and of this interpreter first, the sources importable, no
+    network."""
     programs = Path(sys.executable).parent
     if not (programs / "graft").exists():  # the tests run from the sources, not installed
         (scratch / "graft").write_text(
             f'#!/bin/sh\nexec {sys.executable} -c "from graft.cli import main; main()" "$@"\n', encoding="utf-8"
         )
         (scratch / "graft").chmod(stat.S_IRWXU)
-    path = os.pathsep.join([str(programs), str(scratch), os.environ["PATH"]])
+    path = os.pathsep.join(filter(None, [forked, str(programs), str(scratch), os.environ["PATH"]]))
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
 
 
@@ -168,12 +181,12 @@ def run_bash(page: Path, block: Block, env: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: str) -> None:
     folder, scratch = tmp_path / "work", tmp_path / "bin"
     folder.mkdir()
     scratch.mkdir()
     monkeypatch.chdir(folder)
-    run_page(page, folder, environment(scratch))
+    run_page(page, folder, environment(scratch, forked))
 
 
 # ----------------------------------------------------------------------------------------------------- the test itself
@@ -276,3 +289,21 @@ def test_a_bad_page_fails_by_line(text: str, message: str, tmp_path: Path, monke
 
 def test_the_shell_has_graft(tmp_path: Path) -> None:
     assert shutil.which("graft", path=environment(tmp_path)["PATH"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each command is started anew")
+def test_a_forked_command_is_the_program(tmp_path: Path, forked: str) -> None:
+    """Arguments, folder, environment, streams and exit codes are those of a `graft` that is started anew."""
+    script = """
+        cd "$(mktemp -d -p .)"
+        graft --version | tee "a file" && ls
+        COLUMNS=50 graft merge --help
+        graft no-such-verb || echo "code $?"
+        graft merge 2>&1 || echo "code $?"
+    """
+    answers = []
+    assert shutil.which("graft", path=environment(tmp_path, forked)["PATH"]) == f"{forked}/graft"
+    for env in (environment(tmp_path), environment(tmp_path, forked)):
+        done = subprocess.run(["bash", "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+        answers.append((done.returncode, done.stdout, done.stderr))
+    assert answers[0] == answers[1] and answers[0][1].count("code 2") == 2

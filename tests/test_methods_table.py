@@ -7,9 +7,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-import graft.methods  # noqa: F401  fills the registry
+import graft
+import graft.methods
+from examples import perturb
 from graft.method import REGISTRY, Method
+from tiny import tiny
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(REGISTRY)
@@ -43,8 +47,24 @@ def test_a_row(script: ModuleType) -> None:
         "| Hu et al. 2021, arXiv 2106.09685 |"
     )
     cells = script.row(REGISTRY["top_layers"]).split(" | ")
-    assert cells[2:6] == ["select", "no", "no", "own"]
+    assert cells[2:6] == ["select", "yes", "no", "own"]
     assert script.row(REGISTRY["compose"]).split(" | ")[3] == "some"
+
+
+@pytest.mark.parametrize("method", [graft.TopLayers(count=1), graft.FullFineTuning()], ids=lambda method: method.name)
+def test_selections_merge_as_the_table_says(method: Method) -> None:
+    """The contract has the other methods, which can be routed."""
+    model = tiny("llama")
+    adapter = graft.attach(model, method, "a")
+    perturb(adapter)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        graft.merge(model, "a")
+        assert method.merges and torch.equal(model(ids).logits, expected)
+        graft.unmerge(model)
+        graft.use(model, None)
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
 
 
 def test_a_method_without_a_page_is_seen(script: ModuleType) -> None:

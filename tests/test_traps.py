@@ -156,7 +156,7 @@ def test_an_attach_that_fails_half_way_undoes_itself(monkeypatch: pytest.MonkeyP
         raise graft.SiteError("on purpose")
 
     model = tiny("llama")
-    monkeypatch.setattr("graft.attend.seat", fails)
+    monkeypatch.setattr("graft.interface.seat", fails)
     with pytest.raises(graft.SiteError, match="on purpose"):
         graft.attach(model, graft.PrefixTuning(length=2))
     assert not hasattr(model, "adapters") and all(p.requires_grad for p in model.parameters())
@@ -199,3 +199,49 @@ def test_gradients_through_a_checkpointed_base_model_keep_their_route() -> None:
         grads.append([p.grad for p in model.adapters["a"].parameters()])
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(*grads, strict=True) if x is not None)
     assert any(x is not None for x in grads[1])
+
+
+@pytest.mark.parametrize("arch", ["t5", "mt5", "bart"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        graft.LoRA(targets=("shared",)),
+        graft.DoRA(targets=("shared", "attention.query")),
+        graft.LoRA(modules_to_save=("shared",)),
+        graft.Compose(graft.LoRA(targets=("shared",)), graft.PrefixTuning(length=2)),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_table_that_never_runs_is_refused_at_once(arch: str, method: Any) -> None:
+    """T5's `shared` owns the weight that its stacks' own embeddings read; those can be adapted."""
+    model, data = tiny(arch), batch(arch)
+    with pytest.raises(graft.SiteError, match=r"shared does not run: .* reads .*encoder.embed_tokens and .*name those"):
+        graft.attach(model, method)
+    assert not hasattr(model, "adapters")
+    adapter = graft.attach(model, graft.LoRA(targets=("embedding",)))
+    assert len(adapter.sites) == 2
+    model(**data)
+
+
+@torch.no_grad()
+def test_what_was_in_use_beside_a_detached_adapter_stays_in_use(caplog: pytest.LogCaptureFixture) -> None:
+    model, data = tiny("llama"), batch("llama")
+    for i, name in enumerate("abc"):
+        perturb(graft.attach(model, graft.LoRA(rank=2), name), i, 0.3)
+    perturb(graft.attach(model, graft.Compose(graft.LoRA(rank=2), graft.IA3()), "whole"), 4, 0.3)
+    with graft.route(model, [{"a": 0.5, "c": 1.0}] * 4):
+        expected = model(**data).logits
+    graft.use(model, {"a": 0.5, "b": 1.0, "whole/lora": 1.0, "c": 1.0, "whole/ia3": 2.0})
+    graft.detach(model, "whole")
+    assert "adapter 'whole' was in use with others; now a and b and c act without it" in caplog.text
+    graft.detach(model, "b")
+    assert "adapter 'b' was in use with others; now a and c act without it" in caplog.text
+    assert torch.equal(model(**data).logits, expected)
+    caplog.clear()
+    graft.use(model, "a")
+    graft.detach(model, "a")
+    assert torch.equal(model(**data).logits, tiny("llama")(**data).logits)
+    graft.attach(model, graft.LoRA(rank=2), "d")
+    graft.use(model, ("c", "d"))
+    graft.detach(model)
+    assert not caplog.text and not hasattr(model, "adapters")

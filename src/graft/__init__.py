@@ -24,6 +24,7 @@ if _typing.TYPE_CHECKING:
         SiteError,
         TrainingError,
     )
+    from graft.fast.loss import labelled_loss, token_logprobs
     from graft.files import load, save
     from graft.ids import SLOT
     from graft.merging import merge, unmerge
@@ -76,6 +77,7 @@ _HOMES = {
     "describe": "description",
     "extract_glora": "methods.glora_search",
     "detach": "adapt",
+    "labelled_loss": "fast.loss",
     "load": "files",
     "load_base": "base",
     "merge": "merging",
@@ -83,6 +85,7 @@ _HOMES = {
     "route": "adapt",
     "save": "files",
     "search_glora": "methods.glora_search",
+    "token_logprobs": "fast.loss",
     "unmerge": "merging",
     "use": "adapt",
 }
@@ -131,6 +134,7 @@ __all__ = [
     "describe",
     "detach",
     "extract_glora",
+    "labelled_loss",
     "load",
     "load_base",
     "merge",
@@ -138,6 +142,7 @@ __all__ = [
     "route",
     "save",
     "search_glora",
+    "token_logprobs",
     "unmerge",
     "use",
 ]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from graft import attend, freeze, roles, slots, vocabulary
+from graft import freeze, interface, roles, slots, vocabulary
 from graft.adapter import Adapter, key_of
 from graft.bank import Bank, bank_of, known
 from graft.errors import ConfigError, RouteError, SiteError
 from graft.method import Build, CopyDelta, Method, SelectMethod
 from graft.roles import Site
 from graft.routes import Entry, Route, entry_of
-from graft.weights import quantized
+from graft.weights import is_embedding, quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FOREIGN: list[Callable[[Any], Method | None]] = []
-"""Readers of other libraries' config objects; `graft.files` adds peft's."""
+log = logging.getLogger("graft")
+
+FOREIGN: list[Callable[[Any, PreTrainedModel], Method | None]] = []
+"""Readers of other libraries' config objects for a model; `graft.files` adds peft's."""
 
 
 def use(model: PreTrainedModel, entry: Any) -> None:
@@ -110,7 +113,7 @@ def attach(
     if isinstance(method, type):
         raise ConfigError(f"method: give an instance, {method.__name__}(...), not the class")
     if not isinstance(method, Method):
-        read = next((found for reader in FOREIGN if (found := reader(method)) is not None), None)
+        read = next((found for reader in FOREIGN if (found := reader(method, model)) is not None), None)
         if read is None:
             raise ConfigError(f"method: expected a Graft method or a peft config, not {type(method).__name__}")
         method, peft_compat = read, True
@@ -121,7 +124,7 @@ def attach(
     adapter = _made(model, method, name, peft_compat)
     adapter.train(model.training)
     if bank is None:
-        bank = Bank()
+        bank = Bank().train(model.training)
         freeze.freeze(model, bank)
         model.adapters = bank
     bank.held[key_of(name)] = adapter
@@ -133,7 +136,7 @@ def attach(
             freeze.claim(model, bank, adapter, trainable)
         else:
             adapter.requires_grad_(trainable)
-        freeze.ignore_on_save(model, bank)
+        freeze.ignore_on_save(model, bank, adapter)
     except BaseException:
         _take_off(model, bank, name)
         raise
@@ -146,8 +149,11 @@ def attach(
 def detach(model: PreTrainedModel, name: str | None = None) -> None:
     """Take one adapter, or all, off the model; after the last one it is the very same model as before.
 
+    Where several are in use as one entry, the others stay in use with their weights, as in peft, and the log says so.
+    Where it was alone in use, the base is.
+
     Raises:
-        RouteError: no such adapter, or the model is merged.
+        RouteError: no such adapter, the model is merged, or a route that has not ended names it.
     """
     bank = bank_of(model)
     if bank.originals is not None:
@@ -158,8 +164,11 @@ def detach(model: PreTrainedModel, name: str | None = None) -> None:
         known(bank, ((each, 1.0),))
         if any(each in {used.partition("/")[0] for used in route.names} for route in bank.routes):
             raise RouteError(f"adapter {each!r} is in a route that has not ended; detach it after the block")
-        if any(each == used.partition("/")[0] for used, _ in bank.used):
-            use(model, None)
+        rest = {used: weight for used, weight in bank.used if used.partition("/")[0] != each}
+        if len(rest) < len(bank.used):
+            use(model, rest or None)
+            if rest and name is not None:
+                log.warning("adapter %r was in use with others; now %s act without it", each, " and ".join(rest))
         _take_off(model, bank, each)
 
 
@@ -170,9 +179,9 @@ def _take_off(model: PreTrainedModel, bank: Bank, name: str) -> None:
     freeze.unclaim(model, adapter)
     del bank.held[key_of(name)]
     bank.unchecked.discard(name)
-    freeze.ignore_on_save(model, bank)
+    freeze.ignore_on_save(model, bank, adapter)
     if not len(bank):
-        attend.uninstall(bank)
+        interface.uninstall(bank)
         bank.unhook_all()
         freeze.thaw(model, bank)
         del model.adapters
@@ -293,6 +302,7 @@ def _made(model: PreTrainedModel, method: Method, name: str, peft_compat: bool) 
         adapter.add(site, delta)
     whole = {site.path: site for each in method.modules_to_save for site in _named(model, each)}
     _refuse_overlap(method, [*adapter.sites, *whole], list(whole))
+    _refuse_bypassed(model, [*adapter.sites.values(), *whole.values()])
     for site in {**{head.path: head for head in heads}, **whole}.values():
         if site.path not in adapter.sites:
             adapter.add(site, CopyDelta(site.module))
@@ -307,6 +317,21 @@ def _refuse_overlap(method: Method, paths: list[str], whole: list[str]) -> None:
             raise SiteError(
                 f"modules_to_save: {path} is trained whole, so {method.name} cannot act at {inside[-1]} too; "
                 "name one of the two"
+            )
+
+
+def _refuse_bypassed(model: PreTrainedModel, chosen: list[Site]) -> None:
+    """T5's and BART's `shared` owns the weight of its stacks' embeddings and never runs, so nothing can act there."""
+    tables = [site for site in chosen if site.role == roles.OTHER and is_embedding(site.module)]
+    if not tables:
+        return
+    read = [site for site in roles.sites(model) if site.role == "embedding"]
+    for site in tables:
+        readers = [each.path for each in read if each.module.weight is site.module.weight and each.path != site.path]
+        if readers:
+            raise SiteError(
+                f"{site.path} does not run: {type(model).__name__} reads {' and '.join(readers)} instead, so no "
+                "adapter can act there; name those"
             )
 
 

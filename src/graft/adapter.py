@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.errors import ConfigError, RouteError, SiteError
+from graft.fast import mixed
 from graft.method import SCALE, AttentionDelta, CopyDelta, Delta, InputDelta, Method
 from graft.positions import PositionDelta
 from graft.roles import Site
@@ -93,7 +94,9 @@ class Adapter(nn.Module):
             raise RouteError(f"adapter {self.name!r}: its scale cannot be {value}; give a finite number")
         if value != 1.0 and self.unweighted:
             raise RouteError(f"adapter {self.name!r} ({self.method.name}) has no dial; its scale can only be 1")
-        self._scale = float(value)
+        if value != self._scale:
+            self._scale = float(value)
+            mixed.changed()
 
     @property
     def unweighted(self) -> bool:
@@ -185,13 +188,15 @@ def _wants(adapter: Adapter) -> list[str]:
     method, names = adapter.method, ("before_step", "after_step")
     own = [name for name in names if getattr(type(method), name) is not getattr(Method, name)]
     own += ["start"] if method.wants_batches() else []
-    own += ["rate"] if any(method.rate(name) != 1.0 for name, _ in adapter.named_parameters()) else []
+    own += ["rate"] if any(method.rate(name, p) != 1.0 for name, p in adapter.named_parameters()) else []
     penalised = any(type(delta).penalty is not Delta.penalty for _, delta in adapter.items())
     return own + (["penalty"] if penalised else [])
 
 
 def _conflict(path: str, delta: Delta, other_path: str, other: Delta) -> str | None:
     """Why two deltas of two parts cannot act together, or None."""
+    if path == other_path and (isinstance(delta, InputDelta) or isinstance(other, InputDelta)):
+        return None  # a prompt's rows stand in slots, whose own embeddings nobody reads
     for whole, inner, each in ((path, other_path, delta), (other_path, path, other)):
         if isinstance(each, CopyDelta) and f"{inner}.".startswith(f"{whole}."):
             return f"{whole} is trained whole by one of them"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft import roles
 from graft.errors import SiteError
+from graft.fast import segments
+from graft.fast.segments import Segments
 from graft.hooks import Tap
 from graft.method import AttentionDelta
 from graft.roles import Site
-from graft.texts import Texts, side
+from graft.texts import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +42,10 @@ Result = tuple[Tensor, Tensor | None]
 class AttentionCall:
     """One call of the attention function, for some rows or some queries.
 
-    `mask` is None, a bool mask (True: visible) or an additive one, broadcastable to (B, H, T, S). `past` is the number
-    of cached tokens before the first query. `options` goes to the model's own function as it came. `queries` says which
-    of a packed batch's tokens the queries are, None for all; `front` how many rows stand in front of the keys. `input`
+    `mask` is None, a bool mask (True: visible) or an additive one, broadcastable to (B, H, T, S); or the `Segments` of
+    a packed row, each of which sees itself and the rows in front of it alone. `past` is the number of cached tokens
+    before the first query. `options` goes to the model's own function as it came. `queries` says which of a packed
+    batch's tokens the queries are, None for all; `front` how many rows stand in front of the keys. `input`
     (B, T, width), what the module was called with, and the `texts` (B, T) of the queries are there if a delta of the
     module reads texts.
     """
@@ -52,7 +54,7 @@ class AttentionCall:
     query_BHTD: Tensor
     key_BKSD: Tensor
     value_BKSD: Tensor
-    mask: Tensor | None
+    mask: Any
     past: Any
     options: dict[str, Any]
     queries: Tensor | None = None
@@ -86,14 +88,16 @@ class Seat:
         return {"input": x, "texts": self.bank.texts_at(self.side, x)}
 
 
-def _through(kind: str) -> Callable[..., Result]:
+def through(kind: str) -> Callable[..., Result]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Result:
         seat: Seat | None = module.__dict__.get("_graft_seat")
         inner = _inner(module, kind)
         if seat is None or seat.bank.asleep:
-            return inner(module, query, key, value, attention_mask, **options)
+            if not isinstance(attention_mask, Segments):
+                return inner(module, query, key, value, attention_mask, **options)
+            return _run(inner, AttentionCall(module, query, key, value, attention_mask, 0, options))
         seat.bank.visit(seat.path)
         call = AttentionCall(module, query, key, value, attention_mask, seat.bank.past, options, **seat.read())
         return _attend(seat, call, lambda c: _run(inner, c))
@@ -108,6 +112,10 @@ def _inner(module: nn.Module, kind: str) -> Callable[..., Result]:
 
 
 def _run(inner: Callable[..., Result], call: AttentionCall) -> Result:
+    if isinstance(call.mask, Segments):
+        if inner is ALL_ATTENTION_FUNCTIONS["sdpa"] and segments.takes_varlen(call):
+            return segments.varlen(call)
+        return by_text(call, lambda one: _run(inner, one))
     return inner(call.module, call.query_BHTD, call.key_BKSD, call.value_BKSD, call.mask, **call.options)
 
 
@@ -123,11 +131,17 @@ def _attend(seat: Seat, call: AttentionCall, base: Callable[[AttentionCall], Res
     if set(kinds) == {()}:
         return base(call)
     outs, weights, order = [], [], []
-    if route.by_token:
+    apart = isinstance(call.mask, Segments) and call.mask.lengths == route.lengths
+    if route.by_token and not apart:
         call = dataclasses.replace(call, mask=explicit_mask(call))
     for names, parts in kinds.items():
         index = torch.cat(parts)
-        out, weight = _chain(seat, names, base)(part_of(call, index, dim))
+        if apart:
+            mine = [number for number, entry in enumerate(route.entries) if seat.acts(entry) == names]
+            part, index = segments.select(call, mine)
+        else:
+            part = part_of(call, index, dim)
+        out, weight = _chain(seat, names, base)(part)
         outs.append(out)
         weights.append(weight)
         order.append(index)
@@ -159,6 +173,20 @@ class _Link:
         return self.delta.attend(call, self.rest)
 
 
+def inner(run: Any) -> Iterator[AttentionDelta]:
+    """The deltas that the `base` of `AttentionDelta.attend` runs, outermost first."""
+    while isinstance(run, _Link):
+        yield run.delta
+        run = run.rest
+
+
+def trains(call: AttentionCall, delta: AttentionDelta) -> bool:
+    """Whether any parameter of the adapter that this delta belongs to trains."""
+    here: Seat = call.module.__dict__["_graft_seat"]
+    name = next(name for name, each in here.deltas.items() if each is delta)
+    return any(parameter.requires_grad for parameter in here.bank[name].parameters())
+
+
 def part_of(call: AttentionCall, index: Tensor, dim: int) -> AttentionCall:
     """The call for some rows (dim 0), or for some queries that still see all keys (dim 2)."""
     size = call.query_BHTD.shape[dim]
@@ -184,8 +212,25 @@ def part_of(call: AttentionCall, index: Tensor, dim: int) -> AttentionCall:
     )
 
 
+def by_text(call: AttentionCall, run: Callable[[AttentionCall], Result]) -> Result:
+    """Run each text of a call whose mask is `Segments` as a row of its own; the outputs stand end to end."""
+    return segments.each(call, run, prepend)
+
+
+def packed(call: AttentionCall) -> bool:
+    """Whether the mask of a call is `Segments`."""
+    return isinstance(call.mask, Segments)
+
+
+def texts_of(call: AttentionCall) -> int:
+    """How many texts the rows of a call are, as far as its mask says."""
+    return len(call.mask.lengths) if isinstance(call.mask, Segments) else call.key_BKSD.shape[0]
+
+
 def explicit_mask(call: AttentionCall) -> Tensor | None:
-    """The mask, written out where None would have meant causal."""
+    """The mask, written out where None would have meant causal, or `Segments` several texts."""
+    if isinstance(call.mask, Segments):
+        return call.mask.whole()
     causal = call.options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
     size, keys = call.query_BHTD.shape[2], call.key_BKSD.shape[2]
@@ -199,8 +244,13 @@ def prepend(call: AttentionCall, key_PKD: Tensor, value_PKD: Tensor) -> Attentio
     """The call with P rows in front of keys and values that every query sees, whatever window or mask there is.
 
     Args:
-        key_PKD, value_PKD: (P, K, D) for all rows or (B, P, K, D), used as stored: no rotation.
+        key_PKD, value_PKD: (P, K, D) for all rows or (B, P, K, D), used as stored: no rotation. Of a packed row B are
+            its texts.
     """
+    if isinstance(call.mask, Segments):
+        return dataclasses.replace(
+            call, mask=call.mask.behind(key_PKD, value_PKD), front=call.front + key_PKD.shape[-3]
+        )
     batch, length = call.key_BKSD.shape[0], key_PKD.shape[-3]
     key = key_PKD.to(call.key_BKSD.dtype).transpose(-3, -2).expand(batch, -1, -1, -1)
     value = value_PKD.to(call.value_BKSD.dtype).transpose(-3, -2).expand(batch, -1, -1, -1)
@@ -235,25 +285,6 @@ def _biased(call: AttentionCall, length: int) -> Tensor:
     return torch.cat([extra, bias], -1)
 
 
-def seat(model: PreTrainedModel, bank: Bank, site: Site, name: str, delta: AttentionDelta) -> None:
-    """Put an attention-level delta at an attention module.
-
-    Raises:
-        SiteError: the model's attention does not go through the interface, or uses a kernel that takes no mask.
-    """
-    check(model, site)
-    install(model, bank)
-    here: Seat | None = site.module.__dict__.get("_graft_seat")
-    if here is None:
-        here = Seat(bank, site.path, _bias_source(model, site))
-        site.module.__dict__["_graft_seat"] = here
-    here.deltas[name] = delta
-    if delta.reads_texts and here.tap is None:
-        first = list(inspect.signature(type(site.module).forward).parameters)[1]
-        here.tap, here.side = Tap(bank, first), side(model, site)
-        bank.hook(f"{site.path}:input", site.module.register_forward_pre_hook(here.tap.before, with_kwargs=True))
-
-
 def check(model: PreTrainedModel, site: Site) -> None:
     """Raise SiteError unless the attention of this site can take attention-level methods."""
     if not roles.uses_attention_interface(site.module):
@@ -266,57 +297,6 @@ def check(model: PreTrainedModel, site: Site) -> None:
         raise SiteError(
             f"attn_implementation={kind!r} takes no prefix rows; load the model with attn_implementation='sdpa'"
         )
-
-
-def unseat(model: nn.Module, bank: Bank, site: Site, name: str) -> None:
-    """Take a delta away; the last one takes the seat, and the last seat the functions."""
-    here: Seat | None = site.module.__dict__.get("_graft_seat")
-    if here is None:
-        return
-    here.deltas.pop(name, None)
-    if here.tap is not None and not any(delta.reads_texts for delta in here.deltas.values()):
-        here.tap = None
-        for handle in here.bank.handles.pop(f"{site.path}:input", []):
-            handle.remove()
-    if not here.deltas:
-        del site.module.__dict__["_graft_seat"]
-    if not any("_graft_seat" in module.__dict__ for module in model.modules()):
-        uninstall(bank)
-
-
-def install(model: nn.Module, bank: Bank) -> None:
-    """Point every config of the model at our functions, and the mask functions along with them."""
-    if bank.attention:
-        return
-    for kind in TAKEN:
-        if PREFIX + kind not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(PREFIX + kind, _through(kind))
-            AttentionMaskInterface.register(PREFIX + kind, ALL_MASK_ATTENTION_FUNCTIONS[kind])
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    for config in configs.values():
-        now = getattr(config, "_attn_implementation", None)
-        if now in TAKEN:
-            bank.attention.append((config, now))
-    for config, old in bank.attention:
-        config._attn_implementation = PREFIX + old
-
-
-def keep(bank: Bank) -> None:
-    """Put our functions back where something else has set the attention since; a kernel that we lack is refused."""
-    for i, (config, _) in enumerate(bank.attention):
-        now = config._attn_implementation
-        if not now.startswith(PREFIX):
-            if now not in TAKEN:
-                raise SiteError(f"attn_implementation={now!r} was set since; prefix rows need 'sdpa' or 'eager'")
-            bank.attention[i] = (config, now)
-            config._attn_implementation = PREFIX + now
-
-
-def uninstall(bank: Bank) -> None:
-    """Give the configs their own attention back."""
-    for config, kind in bank.attention:
-        config._attn_implementation = kind
-    bank.attention = []
 
 
 @contextlib.contextmanager
@@ -348,13 +328,3 @@ def recorded(model: nn.Module) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]
         if bank is not None:
             bank.asleep = asleep
         del ALL_ATTENTION_FUNCTIONS[name]
-
-
-def _bias_source(model: nn.Module, site: Site) -> nn.Module | None:
-    """The module that computes relative position biases for this stack's self-attention, if there is one."""
-    if site.role != "attention" or not hasattr(site.module, "compute_bias"):
-        return None
-    if getattr(site.module, "has_relative_attention_bias", False):
-        return site.module
-    stack = [other for other in roles.sites(model) if other.role == "attention" and other.stack == site.stack]
-    return next((s.module for s in stack if getattr(s.module, "has_relative_attention_bias", False)), None)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graft import attend, freeze, positions, roles, slots, texts
+from graft import freeze, interface, positions, roles, slots, texts
 from graft.adapter import Adapter as Adapter
 from graft.adapter import key_of as key_of
 from graft.errors import RouteError
+from graft.fast import mixed, segments
 from graft.hooks import BarrierHook, ContiguousHook, PoolHook, RootHook, SiteHook, SlotHook, Tap, pooled
 from graft.method import AttentionDelta, Delta, Drawn, InputDelta
 from graft.roles import Site
@@ -38,7 +39,7 @@ class Bank(nn.Module):
         self.held = nn.ModuleDict()
         self.used: Entry = BASE
         self.routes: list[Route] = []
-        self.current = Route.everywhere(BASE)
+        self.current = self.last = Route.everywhere(BASE)
         self.asleep = False
         self.slots = slots.Slots()
         self.batch = 0
@@ -53,6 +54,8 @@ class Bank(nn.Module):
         self.flags: dict[str, bool] = {}
         self.checkpointed: list[nn.Module] = []
         self.attention: list[tuple[Any, str]] = []
+        self.by_text: bool | None = None
+        """Whether attention can run text by text in packed rows; None until such a row comes."""
         self.unchecked: set[str] = set()
         self.visited: set[str] | None = None
         self.given = False
@@ -120,8 +123,7 @@ class Bank(nn.Module):
                 self.current.check(found)
         cache: Any = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        self.prompted = any(bool(self.prompts(entry)) for entry in self.current.entries)
-        self.shifted = any(self[name].shift or self[name].stretch != 1.0 for name in self.current.names)
+        self.prompted, self.shifted = self._asks()
         self.slots.active = None
         if self.averages:
             self.masks = self.masks | texts.masks_of(module, args, kwargs)
@@ -131,16 +133,28 @@ class Bank(nn.Module):
             )
         if self.prompted and not (self.asleep or self.continues or torch.compiler.is_compiling()):
             slots.refuse_marked(found)
+        if not torch.compiler.is_compiling():
+            self.current.tables.begin(self.continues and not self.training)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.last.tables.clear()  # whoever trains now may write where no version is counted
         freeze.replay_checkpoints(self)
         for drawer in self._drawers():
             if drawer.training and (root or drawer.drawn is None):
                 drawer.draw()
         if root:
             self._look(module, kwargs)
-            attend.keep(self)
+            interface.keep(self, module)
             self.current.check_packed(module, kwargs)
             quiet = self.asleep or torch.compiler.is_compiling() or kwargs.get("encoder_outputs") is not None
             self.visited = set() if self.unchecked and not quiet else None
+        interface.begin(self, module, kwargs, root=root)
+
+    def _asks(self) -> tuple[bool, bool]:
+        """Whether the route has soft prompts, and whether it moves positions."""
+        entries = set(self.current.entries)
+        prompted = any(bool(self.prompts(entry)) for entry in entries)
+        names = {name for entry in entries for name, _ in entry}
+        return prompted, any(self[name].shift or self[name].stretch != 1.0 for name in names)
 
     def _look(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """What may have happened to the model since the last forward, and how it is trained."""
@@ -158,7 +172,9 @@ class Bank(nn.Module):
 
     def end(self, module: nn.Module) -> None:
         """After the first forward: every site of a new adapter must have run, or it is there in name only."""
+        self.current.tables.goes_on = False
         self.masks = self.masks | {texts.LABELS: None}  # not those of a next forward, of a part that takes none
+        segments.end()
         visited, self.visited = self.visited, None
         if visited is None or freeze.drops_layers(module):
             return
@@ -172,7 +188,12 @@ class Bank(nn.Module):
         self.unchecked.clear()
 
     def enter(self, route: Route) -> None:
-        """Make a route the inner one."""
+        """Make a route the inner one; it takes over what the sites keep if the last one was the same."""
+        if route == self.last:
+            route.take_over(self.last)
+        elif self.last not in self.routes:
+            self.last.tables.clear()
+        self.last = route
         self.routes.append(route)
         self.refresh()
 
@@ -209,10 +230,11 @@ class Bank(nn.Module):
 
     def place(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Install the hooks that an adapter's deltas need."""
+        self.changed()
         for name, site, delta in adapter.owned():
             self.averages = self.averages or delta.reads_texts
             if isinstance(delta, AttentionDelta):
-                attend.seat(model, self, site, name, delta)
+                interface.seat(model, self, site, name, delta)
             elif not isinstance(delta, positions.PositionDelta):
                 self._place_site(model, site, name, delta)
         if adapter.shift or adapter.stretch != 1.0:
@@ -253,7 +275,7 @@ class Bank(nn.Module):
         """Take an adapter's deltas away, and every hook that serves nobody any more."""
         for name, site, delta in adapter.owned():
             if isinstance(delta, AttentionDelta):
-                attend.unseat(model, self, site, name)
+                interface.unseat(model, self, site, name)
                 continue
             self._displace(name, site.path)
         if not any(other.shift or other.stretch != 1.0 for other in self if other is not adapter):
@@ -267,7 +289,13 @@ class Bank(nn.Module):
         self._displace(adapter.name, path)
         adapter.drop(path)
 
+    def changed(self) -> None:
+        """Forget what sites keep for a route: an adapter came or went."""
+        mixed.changed()
+        self.last.tables.clear()
+
     def _displace(self, name: str, path: str) -> None:
+        self.changed()
         hook = self.hooks.get(path)
         if hook is None:
             return

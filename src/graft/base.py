@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -58,8 +59,7 @@ def load_base(
     """
     import transformers
 
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision: unknown precision {precision!r}; {nearest(precision, PRECISIONS)}")
+    check(precision, device)
     config = load_config(path)
     where = _device(device)
     place = _place(path)
@@ -93,6 +93,29 @@ def load_base(
     if str(path) in EMBEDDED:
         model.config._name_or_path = EMBEDDED[0]  # a name that another machine knows, not this one's path
     return model.eval()
+
+
+def check(precision: str, device: str | None) -> None:
+    """Refuse what `load_base` would, as far as it can be seen without a base.
+
+    Raises:
+        ConfigError: an unknown precision or device, or no bitsandbytes.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: unknown precision {precision!r}; {nearest(precision, PRECISIONS)}")
+    _precision(precision, _device(device))
+
+
+def skeleton(config: PretrainedConfig, num_labels: int | None = None) -> PreTrainedModel:
+    """The model that `load_base` gives for this config, on the meta device: its modules and sizes without weights."""
+    import transformers
+
+    name, extra = _class_name(config, num_labels)
+    config = copy.deepcopy(config)
+    for key, value in extra.items():
+        setattr(config, key, value)
+    with torch.device("meta"), _quiet():
+        return getattr(transformers, name).from_config(config)
 
 
 def made_new(model: PreTrainedModel) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graft.cli_errors import OneLineGroup, one_line
 from graft.errors import ConfigError, GraftError
 from graft.measure import command as measure
 
@@ -28,11 +29,10 @@ CALM = {
     "DATASETS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-PYTHON_ONLY = ', or pass check="warn" or check="off"'
-"""Advice in errors that no verb has an option for."""
 HELP = "/help lists the commands, /exit ends."
 app = typer.Typer(
     name="graft",
+    cls=OneLineGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -77,8 +77,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if debug or isinstance(error, BrokenPipeError):
                 raise
             code = getattr(error, "exit_code", 2)
-            text = " ".join(str(error).split()).replace(PYTHON_ONLY, "")
-            _say(("" if code == 130 else "error: ") + text)
+            _say(("" if code == 130 else "error: ") + one_line(str(error), kwargs))
             raise typer.Exit(code) from None
 
     return calm
@@ -164,12 +163,15 @@ def train(
     run: RunFile,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of a few steps goes.")] = False,
 ) -> None:
     """Train an adapter. The same command resumes a run that was cut off."""
-    from graft.train.config import load_run
-    from graft.train.run import train as trained
+    from graft.train import config
+    from graft.train import profile as profiling
+    from graft.train import run as running
 
-    trained(load_run(run, overrides or ()), fresh=fresh)
+    settings = config.load_run(run, overrides or ())
+    profiling.profile(settings, fresh) if profile else running.train(settings, fresh=fresh)
 
 
 @verb
@@ -273,7 +275,8 @@ def merge(
     """Write the base with an adapter merged in as a plain transformers folder, checked against the adapter's probe."""
     from graft.convert import merge_folder
 
-    apart = merge_folder(base, adapter, output, precision=precision, into=into, untie=untie, device=device)
+    name = _name_of(adapter)
+    apart = merge_folder(base, adapter, output, precision=precision, into=into, untie=untie, device=device, name=name)
     typer.echo(f"{output}: a plain transformers model; its logits are the adapter's{_within(apart)}")
 
 
@@ -296,8 +299,13 @@ def convert(
     """Write an adapter in another form; what it cannot hold is named, never dropped."""
     from graft.convert import convert_adapter
 
-    asked = {"alpha": alpha, "parts": None if parts is None else tuple(parts.split(",")), "layers": layers}
-    given = {name: value for name, value in {**asked, "rope_factor": rope_factor}.items() if value is not None}
+    asked: dict[str, Any] = {
+        "alpha": alpha,
+        "parts": None if parts is None else tuple(parts.split(",")),
+        "layers": layers,
+    }
+    given = {key: value for key, value in {**asked, "rope_factor": rope_factor}.items() if value is not None}
+    given["name"] = _name_of(adapter)
     done = convert_adapter(adapter, output, base=base, to=to, source_form=source_form, device=device, **given)
     typer.echo(f"{done.path}: in {to}'s form")
     _notes([f"it does not hold {what}" for what in done.lost])
@@ -317,12 +325,16 @@ def _named(adapters: list[str] | None) -> dict[str, str]:
     for text in adapters or ():
         name, equals, folder = text.partition("=")
         if not equals:
-            place = Path(text).resolve()
-            name, folder = (place.parent if place.name == "adapter" else place).name, text  # a run's result
+            name, folder = _name_of(text), text
         if name in found:
             raise ConfigError(f"--adapter {text}: the name {name!r} is taken; write another as NAME=FOLDER")
         found[name] = folder
     return found
+
+
+def _name_of(folder: str) -> str:
+    place = Path(folder).resolve()
+    return (place.parent if place.name == "adapter" else place).name  # a run's result
 
 
 def _pair(text: str, option: str, example: str) -> tuple[str, str]:

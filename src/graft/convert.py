@@ -40,6 +40,7 @@ def convert_adapter(
     to: str,
     source_form: str | None = None,
     device: str | None = None,
+    name: str | None = None,
     **options: Any,
 ) -> Converted:
     """Write an adapter again in another form; both compute exactly the same.
@@ -51,6 +52,7 @@ def convert_adapter(
         to: "graft" (peft's two files where peft has the method, and `graft.json`), "peft" (the two files alone),
             "adapterhub", "loralib" or "llama-adapter".
         source_form: "adapterhub", "loralib", "llama-adapter" or "longlora"; None: peft's or ours.
+        name: what errors call it; None: as the folder.
         options: what the source's form does not hold and asks for: `alpha` and `parts` (loralib), `layers`
             (llama-adapter), `rope_factor` (longlora).
 
@@ -75,7 +77,7 @@ def convert_adapter(
     else:
         labels = LABELS[source_form](source) if source_form in LABELS else None
     model = load_base(base, precision=_stored_precision(base), device=device, num_labels=labels)
-    adapter = READERS[source_form](model, source, **options) if source_form else load(model, source)
+    adapter = READERS[source_form](model, source, **options) if source_form else load(model, source, name)
     card = {} if source_form else read_card(source)
     if card:
         probe.check_probe(model, card.get("probe"), adapter.name)
@@ -100,6 +102,7 @@ def merge_folder(
     into: str | None = None,
     untie: bool = False,
     device: str | None = None,
+    name: str | None = None,
 ) -> float | None:
     """Write the base with an adapter merged in, as a plain transformers folder with its tokenizer.
 
@@ -111,6 +114,7 @@ def merge_folder(
         into: "bf16", "fp16" or "fp32": what is written of a base that is loaded as "nf4" or "int8", the numbers that
             its codes stand for.
         untie: give a site that shares its weight with another one (a tied head) a weight of its own.
+        name: what errors call the adapter; None: as its folder.
 
     Returns:
         The largest difference of the logits, as a share of the largest.
@@ -124,9 +128,12 @@ def merge_folder(
     precision = _stored_precision(base) if precision == "auto" else precision
     labels = head_outputs(adapter, template)
     model = load_base(base, precision=precision, device=device, num_labels=labels)
-    loaded = load(model, adapter)
+    loaded = load(model, adapter, name)
     expected = read_card(adapter).get("probe") or probe.probe(model, loaded.name)
-    merge(model, loaded.name, into=into, tied="untie" if untie else "error")
+    try:
+        merge(model, loaded.name, into=into, tied="untie" if untie else "error")
+    except MergeError as error:  # parts are folders here
+        raise MergeError(str(error).replace(f"'{loaded.name}/", f"'{adapter.rstrip('/')}/")) from error
     if untie:
         model.config.tie_word_embeddings = False
     if template is not None and template.label_names:

@@ -278,9 +278,9 @@ def _take(
     own: bool,
 ) -> None:
     """Fill the adapter with the folder's tensors, each exactly once."""
-    if not adapter.parts:
+    if not adapter.parts and adapter.shared is not None:
         adapter.method.finish(adapter.shared)
-    freeze.ignore_on_save(model, bank_of(model))
+        freeze.ignore_on_save(model, bank_of(model), adapter)
     if own or card:
         _check_config(model, adapter, folder, config, card, own)
     path = folder / TENSORS

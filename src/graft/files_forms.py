@@ -145,15 +145,25 @@ def method_of(config: Config, model: nn.Module | None, where: str) -> Method:
         raise AdapterFileError(f"{where}: {error}") from error
 
 
-def read_object(config: Any) -> Method | None:
-    """A peft config object as a method, or None if it is none; `graft.attach` asks this."""
+def read_object(config: Any, model: nn.Module) -> Method | None:
+    """A peft config object as a method for a model, or None if it is none; `graft.attach` asks this.
+
+    Raises:
+        ConfigError: a field that we do not honour, or that contradicts the model.
+    """
     kind = getattr(config, "peft_type", None)
     if kind is None or not callable(getattr(config, "to_dict", None)):
         return None
     data = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    data |= {"peft_type": targets.text_of(kind), "task_type": targets.text_of(data.get("task_type"))}
+    task = data.get("task_type")
+    data |= {"peft_type": targets.text_of(kind), "task_type": None if task is None else targets.text_of(task)}
+    form, where = FORMS.get(targets.text_of(kind)), type(config).__name__
     try:
-        return method_of(data, None, type(config).__name__)
+        data = form.fitted(data, model) if form else data
+    except AdapterFileError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    try:
+        return method_of(data, None, where)
     except AdapterFileError as error:
         raise ConfigError(str(error)) from error
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from graft import roles
+from graft.adapter import key_of
 from graft.errors import ConfigError
-from graft.hooks import Replayed, StartHook
+from graft.hooks import BarrierHook, Replayed
 from graft.method import Build, SelectMethod
 
 if TYPE_CHECKING:
@@ -18,8 +19,34 @@ if TYPE_CHECKING:
     from graft.routes import Entry
 
 EMBEDDED = ("embedding", "position", "token_type", "norm.embedding")
+CUT = ":cut"
+"""The name of the hooks in front of the stacks."""
 ABOVE = ("head", "norm.final", "pooler")
 """Roles outside of all blocks that stand above them."""
+
+
+class StartHook(BarrierHook):
+    """Detaches what enters a block while training, if every adapter in the route starts there or further up.
+
+    It does not where somebody wants a gradient from further down: of inputs that were given, or of a weight below.
+    """
+
+    def __init__(self, bank: Bank, layer: int, below: list[nn.Parameter]) -> None:
+        self.bank = bank
+        self.layer = layer
+        self.below = below
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Only while training: in eval mode somebody may want the gradient of the inputs.
+        if self.bank.asleep or not module.training or self.bank.given:
+            return None
+        if any(parameter.requires_grad for parameter in self.below):
+            return None
+        names = [name for entry in self.bank.current.entries for name, _ in self.bank.leaves(entry)]
+        starts = [self.bank[name].starts for name in names]
+        if not starts or any(start is None or start < self.layer for start in starts):
+            return None
+        return super().before(module, args, kwargs)
 
 
 def freeze(model: nn.Module, bank: Bank) -> None:
@@ -54,13 +81,20 @@ def replay_checkpoints(bank: Bank) -> None:
         module._gradient_checkpointing_func = Replayed(bank, inner)  # type: ignore[assignment]
 
 
-def ignore_on_save(model: nn.Module, bank: Bank) -> None:
-    """Keep the adapters' keys out of the base's own files, which are matched by exact name."""
+def ignore_on_save(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
+    """Keep the adapters' keys out of the base's own files, which are matched by exact name.
+
+    Args:
+        adapter: the one that came, went or changed; the keys of the others stay as they are.
+    """
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    kept = {key for key in ignored or () if not key.startswith("adapters.")}
+    name = adapter.name.partition("/")[0]
+    prefix = f"adapters.held.{key_of(name)}."
+    kept = {key for key in ignored or () if key != "adapters." and not key.startswith(prefix)}
+    if name in bank:
+        kept |= {f"{prefix}{key}" for key in bank[name].state_dict()}
     # One key more than there are: a Trainer that loads such a checkpoint then warns that the adapters are not in it.
-    own = {f"adapters.{key}" for key in bank.state_dict()}
-    new: Any = kept | own | ({"adapters."} if own else set())
+    new: Any = kept | ({"adapters."} if any(key.startswith("adapters.") for key in kept) else set())
     if new or ignored is not None:
         model._keys_to_ignore_on_save = new
 
@@ -95,23 +129,33 @@ def unclaim(model: nn.Module, adapter: Adapter) -> None:
 def start(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
     """Note the first block that an adapter acts in, and let no graph be kept below it while training.
 
-    A model whose embeddings give gradients (`enable_input_require_grads`) would keep one through all frozen blocks.
+    A model whose embeddings give gradients (`enable_input_require_grads`, which checkpointing turns on) would keep one
+    through all frozen blocks: so it is cut in front of the first block of each stack, and once more where the adapter
+    starts, for what goes past the blocks.
     """
     found = list(roles.blocks(model).values())
     config: Any = model.config
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     layers = [site.layer for site in adapter.sites.values() if site.role not in ABOVE]
-    # Two stacks meet in every layer, and a block that runs many times has nothing below it.
-    if len(found) != 1 or len(found[0]) != depth or not layers or None in layers:
+    if not layers or None in layers or not all(found):
         return
+    embedded = [p for site in roles.sites(model) if site.role in EMBEDDED for p in site.module.parameters()]
+    if CUT not in bank.handles:
+        for blocks in found:
+            _cut(bank, CUT, blocks[0][1], 0, embedded)
     first = min(layer for layer in layers if layer is not None)
+    if len(found) != 1 or len(found[0]) != depth:
+        first = 0  # two stacks meet in every layer, and a block that runs many times has nothing below it
     for each in (adapter, *adapter.leaves):
         each.starts = first
     if first:
-        below = [p for _, block in found[0][:first] for p in block.parameters()]
-        below += [p for site in roles.sites(model) if site.role in EMBEDDED for p in site.module.parameters()]
-        hook, block = StartHook(bank, first, below), found[0][first][1]
-        bank.hook(f":barrier:{adapter.name}", block.register_forward_pre_hook(hook.before, with_kwargs=True))
+        below = embedded + [p for _, block in found[0][:first] for p in block.parameters()]
+        _cut(bank, f":barrier:{adapter.name}", found[0][first][1], first, below)
+
+
+def _cut(bank: Bank, name: str, block: nn.Module, layer: int, below: list[nn.Parameter]) -> None:
+    hook = StartHook(bank, layer, below)
+    bank.hook(name, block.register_forward_pre_hook(hook.before, with_kwargs=True))
 
 
 def select(model: nn.Module, bank: Bank, entry: Entry) -> None:

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from graft import roles
 from graft.errors import RouteError
+from graft.fast import low_rank, mixed
 from graft.method import Delta, InputDelta
-from graft.routes import Entry
+from graft.routes import BASE, Entry
 from graft.texts import Texts
 
 if TYPE_CHECKING:
     from graft.bank import Bank
 
 Act = tuple[Delta, float]
+ENTRIES = 256
+"""How many entries' deltas a site remembers."""
 Run = Callable[[list[Act], Sequence[Tensor], Texts | None], Tensor]
 
 
@@ -45,15 +48,22 @@ class SiteHook:
         self.path = path
         self.deltas: dict[str, Delta] = {}
         self.taps: dict[str, Tap] = {}
+        self.known: tuple[int, dict[Entry, list[Act]]] = (-1, {})
         self.side: str | None = None
         """The mask of its input's padding, if a delta here reads texts."""
 
     def acts(self, entry: Entry) -> list[Act]:
         """The deltas of an entry at this site with their weights, in the order in which they act."""
+        changes, compiling = mixed.changes(), torch.compiler.is_compiling()
+        if not compiling and self.known[0] == changes and entry in self.known[1]:
+            return self.known[1][entry]
         leaves = self.bank.leaves(entry)
-        found = [(self.deltas[name], weight * self.bank[name].scale) for name, weight in leaves if name in self.deltas]
-        found = [(delta, weight) for delta, weight in found if not isinstance(delta, InputDelta)]
-        return found if len(found) < 2 else sorted(found, key=_order)
+        all_ = [(self.deltas[name], weight * self.bank[name].scale) for name, weight in leaves if name in self.deltas]
+        found = sorted([(delta, weight) for delta, weight in all_ if not isinstance(delta, InputDelta)], key=_order)
+        if not compiling:
+            before = self.known[1] if self.known[0] == changes and len(self.known[1]) < ENTRIES else {}
+            self.known = changes, {**before, entry: found}
+        return found
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.bank.asleep:
@@ -68,11 +78,24 @@ class SiteHook:
             return None
         self._need(args)
         self.bank.visit(self.path)
+        if self.bank.current.uniform == BASE and not self.taps:
+            return None
         y = output[0] if isinstance(output, tuple) else output
-        new = self._spanning(args, y) if self.taps else self._map(self._run_after, (args[0], y))
+        new = self._spanning(args, y) if self.taps else self._added(module, args[0], y)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """The output with the changes, written into the base's own where that is allowed."""
+        entry = self.bank.current.uniform
+        if entry is None:
+            own = not torch.is_grad_enabled() and low_rank.takes(module, self.after, x, y)
+            return self._map(self._run_after, (x, y), own)
+        acts = self.acts(entry)
+        writes = len(acts) == 1 and type(acts[0][0]).into is not Delta.into
+        new = acts[0][0].into(x, y, acts[0][1]) if writes and low_rank.takes(module, self.after, x, y) else None
+        return self._map(self._run_after, (x, y)) if new is None else new
 
     def _need(self, args: tuple[Any, ...]) -> None:
         if not args:
@@ -110,8 +133,11 @@ class SiteHook:
                 y = new if weight == 1.0 else y + weight * (new - y)
         return y
 
-    def _map(self, run: Run, tensors: Sequence[Tensor]) -> Tensor | None:
-        """Apply `run` to each group's slice of the tensors; the last tensor is the one that changes."""
+    def _map(self, run: Run, tensors: Sequence[Tensor], own: bool = False) -> Tensor | None:
+        """Apply `run` to each group's slice of the tensors; the last is the one that changes, in place if it is `own`.
+
+        Changes of low rank are made for all groups at once.
+        """
         route = self.bank.current
         if route.uniform is not None:
             acts = self.acts(route.uniform)
@@ -119,7 +145,9 @@ class SiteHook:
         if not route.by_token:
             tensors = [_spread(tensor, self.bank.batch) for tensor in tensors]
         flat = [_flat(tensor, route.tokens) if route.by_token else tensor for tensor in tensors]
-        target = flat[-1]
+        target, sums = flat[-1], run == self._run_after and not self.taps
+        if sums and (table := route.tables.find(self.path, flat[0])) is not None:
+            return _like(table.add(flat[0], target, own), tensors[-1], route.by_token, route.tokens)
         parts = []
         for group in route.groups(target.shape[0], target.device):
             acts = self.acts(group.entry)
@@ -127,16 +155,25 @@ class SiteHook:
                 parts.append((acts, group.index))
         if not parts:
             return None
-        if run == self._run_after and (stacked := _stacked(parts, flat)) is not None:
-            return _like(stacked, tensors[-1], route.by_token, route.tokens)
+        low, rest = mixed.split(parts, flat[0]) if sums else ([], parts)
+        if rest:
+            target, own = self._looped(run, rest, flat), True
+        if low:
+            # A table is all that a site needs the next time, unless there are others beside it.
+            table = mixed.Table(low, flat[0], {}) if rest else route.tables.make(self.path, low, flat[0])
+            target = table.add(flat[0], target, own)
+        return _like(target, tensors[-1], route.by_token, route.tokens)
+
+    def _looped(self, run: Run, parts: list[tuple[list[Act], Tensor]], flat: list[Tensor]) -> Tensor:
+        """Each group's rows one group after the other."""
+        target = flat[-1]
         texts = self._texts([acts for acts, _ in parts], target)
         news = []
         for acts, index in parts:
             part = [tensor.index_select(0, index) for tensor in flat]
             news.append(run(acts, part, None if texts is None else texts.pick(index)))
         index = torch.cat([index for _, index in parts])
-        flat_new = target.index_copy(0, index, torch.cat(news).to(target.dtype))
-        return _like(flat_new, tensors[-1], route.by_token, route.tokens)
+        return target.index_copy(0, index, torch.cat(news).to(target.dtype))
 
     def _texts(self, groups: list[list[Act]], x: Tensor) -> Texts | None:
         """The texts of the site's input, if a delta that acts reads them."""
@@ -256,29 +293,6 @@ class BarrierHook:
         return (_detached(args[0]), *args[1:]) if args else args, cut
 
 
-class StartHook(BarrierHook):
-    """Detaches what enters a block while training, if every adapter in the route starts there or further up.
-
-    It does not where somebody wants a gradient from further down: of inputs that were given, or of a weight below.
-    """
-
-    def __init__(self, bank: Bank, layer: int, below: list[nn.Parameter]) -> None:
-        self.bank = bank
-        self.layer = layer
-        self.below = below
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Only while training: in eval mode somebody may want the gradient of the inputs.
-        if self.bank.asleep or not module.training or self.bank.given:
-            return None
-        if any(parameter.requires_grad for parameter in self.below):
-            return None
-        names = [name for entry in self.bank.current.entries for name, _ in self.bank.leaves(entry)]
-        if not names or any((self.bank[name].starts or 0) < self.layer for name in names):
-            return None
-        return super().before(module, args, kwargs)
-
-
 class RootHook:
     """Notes what a forward of the model brings: rows, cached length, and which sites ran."""
 
@@ -369,13 +383,3 @@ def _heads_first(tensor: Tensor, tokens: int) -> bool:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _stacked(parts: list[tuple[list[Act], Tensor]], tensors: Sequence[Tensor]) -> Tensor | None:
-    """All groups in one go, if their deltas are of one kind that knows how."""
-    if len(tensors) != 2 or any(len(acts) != 1 for acts, _ in parts):
-        return None
-    kinds = {type(acts[0][0]) for acts, _ in parts}
-    if len(kinds) != 1:
-        return None
-    return kinds.pop().stack([(acts[0][0], acts[0][1], index) for acts, index in parts], *tensors)

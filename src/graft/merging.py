@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import freeze, probe, roles
+from graft.adapter import Adapter
 from graft.bank import Bank, bank_of, known
 from graft.errors import AdapterFileError, MergeError
 from graft.hooks import SiteHook
@@ -64,7 +65,7 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
         raise MergeError("name at least one adapter to merge")
     hooks = _hooks(bank, chosen)
     if into is not None and into not in DTYPES:
-        raise MergeError(f"into is one of {', '.join(DTYPES)}, not {into!r}")
+        raise MergeError(f"into: {into!r} is not one of {', '.join(DTYPES)}")
     _refuse(model, bank, chosen, hooks, into, tied)
     dialled = {name: weight * bank[name].scale for name, weight in chosen}
     before = probe.probe(model, dialled)
@@ -118,16 +119,16 @@ def _refuse(
 ) -> None:
     for name, weight in entry:
         adapter = bank[name]
+        if (why := _unmergeable(adapter)) is not None:
+            raise MergeError(f"adapter {name!r} ({adapter.method.name}) cannot be merged: {why}")
         for site, delta in adapter.items():
-            if not isinstance(delta, CopyDelta) and not _mergeable(delta):
-                raise MergeError(f"adapter {name!r} ({adapter.method.name}) cannot be merged: see {site.path}")
             part = weight * adapter.scale
             if isinstance(delta, CopyDelta) and part != 1.0 and any(site.module.children()):
                 raise MergeError(
                     f"adapter {name!r} replaces {site.path}, which is not linear: it merges at weight 1 only"
                 )
     if into is not None and not any(quantized(module) for module in model.modules()):
-        raise MergeError(f"into={into!r} is for a quantized base, and this one is none; leave it out")
+        raise MergeError(f"into: {into} is for a quantized base, and this one is none; leave it out")
     for hook, module in hooks:
         if quantized(module) and into is None:
             raise MergeError(
@@ -142,7 +143,22 @@ def _refuse(
             )
 
 
+def _unmergeable(adapter: Adapter) -> str | None:
+    """Why an adapter cannot be merged: the place, and of a composed one the part and what can be merged instead."""
+    bad = {leaf: site.path for leaf, site, delta in reversed([*adapter.owned()]) if not _mergeable(delta)}
+    first = next((leaf for leaf in adapter.leaves if leaf.name in bad), None)
+    if first is None:
+        return None
+    if not adapter.parts:
+        return f"see {bad[first.name]}"
+    good = [repr(leaf.name) for leaf in adapter.leaves if leaf.name not in bad]
+    advice = f"merge a part that can be, alone: {', '.join(good)}" if good else "nor can its other parts be"
+    return f"its part {first.name!r} ({first.method.name}) is no change of weights, see {bad[first.name]}; {advice}"
+
+
 def _mergeable(delta: Delta) -> bool:
+    if isinstance(delta, CopyDelta):
+        return True
     own = type(delta)
     return own.merged is not Delta.merged or own.weight_delta is not Delta.weight_delta
 

@@ -44,6 +44,7 @@ class Delta(nn.Module):
     """Whether an entry may give it another weight than 1."""
     reads_texts: ClassVar[bool] = False
     """Whether `after` takes a third argument, the `graft.texts.Texts` of its tokens; in attention the call has them."""
+    reads_width: bool = False  # on how long the rows of a batch are, padding counted: then they must stay rows
     tap: str | None = None
     """Path of a module whose *input* is handed to `after` as x, for a delta that spans a sub-layer."""
     shared: nn.Module | None
@@ -64,6 +65,10 @@ class Delta(nn.Module):
         """Change the site's output; the default leaves it."""
         return y_BTO
 
+    def into(self, x_BTI: Tensor, y_BTO: Tensor, weight: float) -> Tensor | None:
+        """y + weight * (after(x, y) - y) where y is a frozen base's own and may be written into; None: not here."""
+        return None
+
     def weight_delta(self) -> Tensor | None:
         """The (O, I) change of the weight in fp32, or None if the change is not one of the weight."""
         return None
@@ -81,10 +86,10 @@ class Delta(nn.Module):
         """A term to add to the loss, if the method has one."""
         return None
 
-    @classmethod
-    def stack(cls, parts: list[tuple[Any, float, Tensor]], x_NTI: Tensor, y_NTO: Tensor) -> Tensor | None:
-        """All groups of a mixed batch in one go: parts are (delta, weight, row index). None: loop over the groups."""
-        return None
+    @property
+    def sums(self) -> bool:
+        """Whether all that it does now is to add the product of `factors`, so that many go in one (`fast.mixed`)."""
+        return False
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors by name that a saved folder holds: parameters, and buffers that are frozen parts of the delta."""
@@ -292,8 +297,8 @@ class Method:
             ConfigError: the method's schedule does not fit into them.
         """
 
-    def rate(self, name: str) -> float:
-        """The factor on the learning rate for the adapter's parameter of this name (as in `named_parameters`)."""
+    def rate(self, name: str, parameter: Tensor) -> float:
+        """The factor on the learning rate for a parameter of the adapter, by its name in `named_parameters`."""
         return 1.0
 
     def before_step(self, adapter: Any, step: int, steps: int) -> None:
@@ -376,14 +381,11 @@ def _by_class_name(name: str) -> type[Method] | None:
 
 def inside(path: str, names: tuple[str, ...]) -> bool:
     """Whether a module is one of those named, or stands inside one."""
-    dotted = f".{path}."
-    return any(f".{name}." in dotted for name in names)
+    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _plain(value: Any) -> Any:

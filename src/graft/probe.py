@@ -86,7 +86,7 @@ def check_base(model: nn.Module, expected: dict[str, Any]) -> str | None:
 
 def precision(model: nn.Module) -> str:
     """ "quantized", or the name of the dtype of the base's first floating parameter."""
-    modules = [m for path, m in model.named_modules() if path.split(".")[0] != roles.BANK]
+    modules = roles.modules_of_base(model).values()
     if any(quantized(module) for module in modules):
         return "quantized"
     dtypes = [p.dtype for module in modules for p in module.parameters(recurse=False) if p.is_floating_point()]
@@ -169,7 +169,8 @@ def logits(model: nn.Module, entry: Any, ids: list[int], outputs: int | None = N
 @contextlib.contextmanager
 def random_kept(model: nn.Module) -> Iterator[None]:
     """Put every random state that the block draws from back as it was."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    found = (p.device for module in roles.modules_of_base(model).values() for p in module.parameters(recurse=False))
+    devices = {device for device in found if device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
         yield
@@ -250,8 +251,8 @@ def _base_tensors(model: nn.Module, without: tuple[str, ...]) -> Iterator[tuple[
     for adapter in bank if isinstance(bank, Bank) else ():
         originals |= adapter.other if adapter.acting else {}
     seen: set[int] = set()
-    for path, module in model.named_modules():
-        if path.split(".")[0] == roles.BANK or any(path == p or path.startswith(f"{p}.") for p in without):
+    for path, module in roles.modules_of_base(model).items():
+        if any(path == p or path.startswith(f"{p}.") for p in without):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{key}" if path else key
@@ -264,13 +265,19 @@ def _base_tensors(model: nn.Module, without: tuple[str, ...]) -> Iterator[tuple[
                 yield name, originals.get(name, parameter).detach()
 
 
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in roles.modules_of_base(model).items():
+        for key, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{key}" if path else key, parameter
+
+
 def _as_many_rows(model: nn.Module, expected: dict[str, Any], found: dict[str, Any]) -> str | None:
     """Let a base with more tokens in its embedding count with the rows that the stored one had: a note if it does."""
     getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
     modules = [module for getter in getters if getter is not None and isinstance(module := getter(), nn.Module)]
     tables = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
     note = None
-    for name, parameter in model.named_parameters():
+    for name, parameter in _base_parameters(model):
         was = str(expected["tensors"].get(name, "")).split(" ")[0].split("x")
         here = [str(size) for size in parameter.shape]
         if id(parameter) not in tables or name not in found["tensors"] or was[1:] != here[1:] or was == here:

@@ -73,7 +73,7 @@ def sites(model: nn.Module, *, unnamed: bool = False) -> list[Site]:
         model: any transformers model; the bank inside it is skipped.
         unnamed: also give the linears and embeddings that have no role, as role "other".
     """
-    modules = {path: module for path, module in model.named_modules() if path.split(".")[0] != BANK}
+    modules = modules_of_base(model)
     output, source = _embeddings(model, "get_output_embeddings"), _embeddings(model, "get_input_embeddings")
     roles = vocabulary.name_roles(modules, _model_type(model), output, source)
     hidden = _hidden(model)
@@ -185,10 +185,15 @@ def part_rows(site: Site, part: str, model_config: Any) -> Tensor:
 
 def norm_order(model: nn.Module) -> Literal["pre", "post"]:
     """Whether norms stand before their sub-layer or behind the residual sum; only pre-norm stacks need a final norm."""
-    before = getattr(_config(model), "do_layer_norm_before", None)
+    before = getattr(getattr(model, "config", None), "do_layer_norm_before", None)
     if before is None:
         before = any(site.role == "norm.final" for site in sites(model))
     return "pre" if before else "post"
+
+
+def modules_of_base(model: nn.Module) -> dict[str, nn.Module]:
+    """The base's modules by path, the model itself as ""; the bank is not walked, however many adapters it has."""
+    return dict(model.named_modules({model._modules.get(BANK)}))  # type: ignore[arg-type]
 
 
 def blocks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
@@ -216,7 +221,7 @@ def task_heads(model: nn.Module) -> list[Site]:
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model has two stacks, joined by cross-attention."""
-    return bool(getattr(_config(model), "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -247,16 +252,12 @@ def _sizes(module: nn.Module, hidden: int) -> tuple[int, int]:
     return width, width
 
 
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
-
-
 def _model_type(model: nn.Module) -> str:
-    return str(getattr(_config(model), "model_type", ""))
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def _hidden(model: nn.Module) -> int:
-    config = _config(model)
+    config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "hidden_size", 0) or 0)
 

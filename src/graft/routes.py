@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import RouteError
+from graft.fast.mixed import Tables
 
 Entry = tuple[tuple[str, float], ...]
 """Names with weights, in order; the empty entry is the base."""
@@ -72,6 +73,8 @@ class Route:
     lengths: tuple[int, ...] | None = None
     uniform: Entry | None = field(init=False, compare=False, repr=False)
     """The one entry that all rows have, or None if they differ."""
+    tables: Tables = field(default_factory=Tables, compare=False, repr=False)
+    """What the sites keep for this route."""
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +105,10 @@ class Route:
         if min(lengths) < 1:
             raise RouteError(f"segment lengths must be at least 1, not {min(lengths)}")
         return cls(tuple(entry_of(entry) for entry, _ in segments), lengths)
+
+    def take_over(self, other: Route) -> None:
+        """Go on with what the sites keep for an equal route."""
+        object.__setattr__(self, "tables", other.tables)
 
     @property
     def names(self) -> tuple[str, ...]:

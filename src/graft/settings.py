@@ -24,18 +24,18 @@ def check_types(settings: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{type(settings).__name__}: {name} must be a finite number, not {value}")
         try:
-            adapter.validate_python(_tuples(value))
+            adapter.validate_python(tuples(value))
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             where = f"{type(settings).__name__}: {name}"
             raise ConfigError(f"{where}: {message[0].lower()}{message[1:]}, not {value!r}") from None
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """Lists as the tuples that they stand for, as JSON and YAML have them."""
     if isinstance(value, dict):
-        return {key: _tuples(each) for key, each in value.items()}
-    return tuple(_tuples(each) for each in value) if isinstance(value, list | tuple) else value
+        return {key: tuples(each) for key, each in value.items()}
+    return tuple(tuples(each) for each in value) if isinstance(value, list | tuple) else value
 
 
 @functools.cache

@@ -7,6 +7,7 @@ class.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -191,6 +192,22 @@ def name_roles(
         output: the output embedding, where the model has one.
         source: the input embedding; named where no rule found one.
     """
+    # All that the rules look at; a load asks four times, and each adapter that is loaded asks again.
+    places = [next((path for path, module in modules.items() if module is each), None) for each in (output, source)]
+    key = model_type, *places, type(source), tuple((path, type(module)) for path, module in modules.items())
+    if key not in _NAMED:
+        if len(_NAMED) >= 16:
+            _NAMED.clear()
+        _NAMED[key] = _name_roles(modules, model_type, output, source)
+    return dict(_NAMED[key])
+
+
+_NAMED: dict[Any, dict[str, str]] = {}
+
+
+def _name_roles(
+    modules: dict[str, nn.Module], model_type: str, output: nn.Module | None, source: nn.Module | None
+) -> dict[str, str]:
     overrides = OVERRIDES.get(model_type, ())
     roles: dict[str, str | None] = {}
     for path, module in modules.items():
@@ -232,6 +249,7 @@ def layer_of(path: str, modules: dict[str, nn.Module]) -> int | None:
     return None
 
 
+@functools.lru_cache(4096)
 def container_of(path: str) -> str:
     """What stands before the first number in the path."""
     parts = path.split(".")

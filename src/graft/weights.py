@@ -79,9 +79,7 @@ def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
         SiteError: if the module is neither a linear nor an embedding.
     """
     if quantized(module):
-        raise MergeError(
-            f"cannot write into a quantized {type(module).__name__}: load the base in 16 or 32 bit"
-        )
+        raise MergeError(f"cannot write into a quantized {type(module).__name__}: load the base in 16 or 32 bit")
     in_features, out_features = features(module)
     if tuple(weight_OI.shape) != (out_features, in_features):
         raise MergeError(

@@ -216,8 +216,8 @@ def test_a_fused_linear_that_loralib_cuts_elsewhere(tmp_path: Path) -> None:
 
 
 WRITES = [
-    (graft.DoRA(rank=2), "for LoRA, not dora"),
-    (graft.Bottleneck(size=2), "norm|for LoRA, not bottleneck"),
+    (graft.DoRA(rank=2), "low-rank pairs; dora has none at model.layers.0"),
+    (graft.Bottleneck(size=2), "norm|low-rank pairs; bottleneck has none"),
     (graft.LoRA(rank=2, lora_bias=True), "lora_bias"),
     (graft.LoRA(rank=2, modules_to_save=("norm",)), "trains all of model.norm"),
     (

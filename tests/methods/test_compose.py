@@ -48,6 +48,32 @@ def test_equals_its_parts_attached_one_by_one(arch: str, parts: tuple[Any, ...])
     assert whole.trainable == sum(model.adapters[name].trainable for name in names)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "prompt", [graft.PromptTuning(length=3), graft.PTuning(length=3, hidden=5)], ids=["pt", "ptuning"]
+)
+def test_a_prompt_beside_a_trained_embedding(prompt: Any, order: int, training: bool) -> None:
+    """The copy gives the words, the prompt the slots, as when the two are attached one by one."""
+    parts = (graft.LongLoRA(rank=2, group=4), prompt)[::order]
+    model = lively("llama")
+    whole = perturb(graft.attach(model, graft.Compose(*parts), "whole"), 1, 0.3)
+    names = [part.name for part in parts]
+    for name, part, leaf in zip(names, parts, whole.leaves, strict=True):
+        graft.attach(model, part, name).load_state_dict(leaf.state_dict())
+    model.train(training)
+    outs = [logits(model, "llama", entry) for entry in ("whole", tuple(names), names[0], names[1], None)]
+    close(outs[0], outs[1])
+    for out in outs[2:]:
+        mutual = min(out.shape[1], outs[0].shape[1])
+        far(outs[0][:, -mutual:], out[:, -mutual:])
+    for entry in ("whole", tuple(names)):
+        logits(model, "llama", entry).square().mean().backward()
+    singles = [p for name in names for p in model.adapters[name].parameters()]
+    for mine, theirs in zip([p for leaf in whole.leaves for p in leaf.parameters()], singles, strict=True):
+        close(mine.grad, theirs.grad)
+
+
 def test_counts_of_papers() -> None:
     llama, bart = meta("Llama-2-7B"), meta("bart-large")
     both = graft.attach(llama, graft.Compose(graft.LoRA(rank=8), graft.PromptTuning(length=20)))
@@ -91,6 +117,10 @@ def _with(model: Any, entry: dict[str, float]) -> torch.Tensor:
         ((graft.IA3(), graft.IA3()), "both scale"),
         ((graft.LoRA(bias="lora_only"), graft.LoRA(bias="all")), "both train the bias"),
         ((graft.LoRA(modules_to_save=("c_attn",), targets=("ffn.up",)), graft.LoRA()), "trained whole by one of them"),
+        (
+            (graft.LoRA(modules_to_save=("transformer",), targets=("lm_head",)), graft.PromptTuning()),
+            "trained whole by",
+        ),
         ((graft.LoRA(), graft.TopLayers(count=1)), "top_layers cannot be a part"),
         ((graft.LoRA(), graft.Compose(graft.LoRA(), graft.IA3())), "compose cannot be a part"),
         ((graft.LoRA(), graft.Head()), "head cannot be a part"),
@@ -106,12 +136,18 @@ def test_conflicts_are_refused(parts: tuple[Any, ...], why: str) -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(graft.ConfigError, match="one positive factor for each of the 2 parts"):
-        graft.Compose(graft.LoRA(), graft.IA3(), rates=(1.0,))
+    with pytest.raises(graft.ConfigError, match=r"one positive factor for each of the 2 parts, not \(1\.0, -2\.0\)"):
+        graft.Compose(graft.LoRA(), graft.IA3(), rates=(1.0, -2.0))
     with pytest.raises(graft.ConfigError, match="to a part, not to the whole"):
         graft.Compose(graft.LoRA(), graft.IA3(), layers=2)
-    with pytest.raises(graft.ConfigError, match="no such setting"):
-        from_dict({"method": "compose", "parts": [{"method": "lora", "ranc": 3}, {"method": "ia3"}]})
+    with pytest.raises(
+        graft.ConfigError, match=r"^method\.parts\[1\]\.ranc: LoRA has no such setting; did you mean 'rank'"
+    ):
+        from_dict({"method": "compose", "parts": [{"method": "ia3"}, {"method": "lora", "ranc": 3}]})
+    with pytest.raises(graft.ConfigError, match=r"^method\.parts\[0\]: unknown method 'lra'"):
+        graft.Compose(parts=[{"method": "lra"}, {"method": "ia3"}])
+    with pytest.raises(graft.ConfigError, match=r"^method\.parts\[0\]: LoRA: rank"):
+        graft.Compose(parts=[{"method": "lora", "rank": 0}, {"method": "ia3"}])
     with pytest.raises(graft.ConfigError, match="write Compose with its parts"):
         graft.MAM(layers=2)
 

@@ -138,7 +138,9 @@ def test_ours_is_written_as_pefts_where_it_is_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_fields_of_folders(fields: dict[str, Any], match: str | None, tmp_path: Path) -> None:
-    folder = graft.save(adapted("llama", graft.GLoRA(d="constant", e="constant")), "a", tmp_path / "a")
+    folder = graft.save(
+        adapted("llama", graft.GLoRA(d="constant", e="constant"), peft_compat=True), "a", tmp_path / "a"
+    )
     (folder / "graft.json").unlink()
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | fields))

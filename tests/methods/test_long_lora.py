@@ -231,6 +231,43 @@ def test_segments_act_in_training_alone() -> None:
     close(model(ids_BT).logits, expected)
 
 
+@pytest.mark.parametrize("part", ["a", "a/long_lora"])
+def test_a_frozen_one_cuts_nothing(part: str) -> None:
+    """While another trains it is LoRA; two of one row may then stand together."""
+    method = SEGMENTS if part == "a" else graft.Compose(SEGMENTS, graft.IA3())
+    model, ids_BT = training("llama", method), ids_of(2, 13)
+    graft.attach(model, graft.LoRA(rank=2, targets=("ffn.up",)), "b")
+    perturb(graft.attach(model, SEGMENTS, "c"), 2, 0.3)
+    with graft.route(model, [("a", "b")] * 2):
+        cut = model(ids_BT).logits
+        whole = model.eval()(ids_BT).logits
+        far(cut, whole)
+        model.train().adapters[part].requires_grad_(False)
+        out = model(ids_BT).logits
+        close(out, whole)
+        out.square().mean().backward()
+        assert any(bool(p.grad.any()) for p in model.adapters["b"].parameters() if p.grad is not None)
+    with graft.route(model, [("c", "b")] * 2):
+        far(model(ids_BT).logits, model.eval()(ids_BT).logits)
+    model.train()
+    logits = []
+    for entry in (("a", "c"), ("c", "a")):
+        with graft.route(model, [entry] * 2):
+            logits.append(model(ids_BT).logits)
+    close(logits[0], logits[1])
+    with graft.route(model, [("a", "c")] * 2):
+        far(logits[0], model.eval()(ids_BT).logits)
+
+
+def test_divided_positions_hold_for_a_frozen_one_too() -> None:
+    method = graft.LongLoRA(rank=2, group=G, embedding=False, norms=False, rope_factor=2.0)
+    model, ids_BT = training("llama", method), ids_of(2, 13)
+    model.adapters["a"].requires_grad_(False)
+    close(model(ids_BT).logits, model.eval()(ids_BT).logits)
+    with graft.route(model, [None] * 2):
+        far(model(ids_BT).logits, model(ids_BT, position_ids=torch.arange(13)[None] / 2).logits)
+
+
 def test_a_ratio_is_of_the_batchs_width() -> None:
     """A quarter of 16 tokens is 4; of 13 it is 3.25, and the next even number again 4."""
     one = training("llama", SEGMENTS)

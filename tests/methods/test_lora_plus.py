@@ -22,6 +22,8 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ),
     ("bert", graft.LoRA(rank=4, b_ratio=16), {"task_type": "SEQ_CLS"}),
     ("llama", graft.DoRA(rank=4, b_ratio=16), {"use_dora": True}),
+    ("bert", graft.LoRA(rank=4, b_ratio=16, modules_to_save=("LayerNorm",)), {"modules_to_save": ["LayerNorm"]}),
+    ("llama", graft.LoRA(rank=4, b_ratio=16, modules_to_save=("model.norm",)), {"modules_to_save": ["model.norm"]}),
     ("gpt2", graft.DoRA(rank=4, b_ratio=16, bias="all"), {"use_dora": True, "bias": "all"}),
 ]
 
@@ -32,7 +34,7 @@ def rates(adapter: Any) -> dict[str, float]:
     for site, delta in adapter.items():
         for name, parameter in delta.named_parameters():
             full = next(key for key, value in adapter.named_parameters() if value is parameter)
-            found[f"{site.path}.{name.removeprefix('copy.')}"] = adapter.method.rate(full)
+            found[f"{site.path}.{name.removeprefix('copy.')}"] = adapter.method.rate(full, parameter)
     return found
 
 

@@ -146,8 +146,8 @@ def test_a_peft_config_is_a_method() -> None:
     adapter = graft.attach(tiny("llama"), config)
     wanted = graft.PTuning(length=4, hidden=6, encoder="lstm", encoder_layers=3, dropout=0.2, head=False)
     assert adapter.method == wanted and adapter.shared.lstm.num_layers == 3 and adapter.shared.lstm.dropout == 0.2
-    with pytest.raises(graft.ConfigError, match="encoder_hidden_size is missing"):
-        graft.attach(tiny("llama"), peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    plain = graft.attach(tiny("llama"), peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert plain.method == graft.PTuning(length=4, hidden=32, head=False)  # peft takes the model's width
 
 
 # ----------------------------------------------------------------------------------------------------------- counts

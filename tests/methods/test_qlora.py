@@ -169,13 +169,13 @@ def test_named_qlora_has_the_papers_settings(bases: dict[str, Any], tmp_path: Pa
 
 
 def test_refusals(bases: dict[str, Any]) -> None:
-    with pytest.raises(graft.ConfigError, match="the base is not quantized; load it with precision='nf4'"):
+    with pytest.raises(graft.ConfigError, match="the base is not quantized; load it in precision nf4 or int8"):
         graft.attach(lively("llama"), graft.QLoRA())
     model = copy.deepcopy(bases["nf4"])
     with pytest.raises(graft.SiteError, match="is quantized and cannot be trained whole"):
         graft.attach(model, graft.LoRA(rank=2, targets=("ffn.up",), modules_to_save=("o_proj",)))
     graft.attach(model, graft.LoRA(rank=2), "a")
-    with pytest.raises(graft.MergeError, match="into is one of bf16, fp16, fp32"):
+    with pytest.raises(graft.MergeError, match="into: 'int4' is not one of bf16, fp16, fp32"):
         graft.merge(model, "a", into="int4")
     plain = lively("llama")
     graft.attach(plain, graft.LoRA(rank=2), "a")

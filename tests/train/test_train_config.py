@@ -45,6 +45,16 @@ def test_numbers_that_yaml_reads_as_text(file: Path) -> None:
     assert (run.train.lr, run.train.weight_decay, run.method.dropout) == (2e-4, 1e-2, 0.1)
 
 
+def test_numbers_as_text_inside_of_a_methods_settings(file: Path) -> None:
+    file.write_text(TEXT + "method: {method: lora, targets: [q_proj], layers: [0, 1], alpha: 16}\n")
+    run = load_run(file, ["method.alpha_pattern={q_proj: 1e1}"])
+    assert run.method == LoRA(targets=("q_proj",), layers=(0, 1), alpha_pattern={"q_proj": 10.0})
+    parts = "[{method: lora, dropout: 1e-1}, {method: prompt_tuning, init: text, text: 1e3}]"
+    file.write_text(TEXT + f"method: {{method: compose, rates: [1, 1e2], parts: {parts}}}\n")
+    method = load_run(file).method
+    assert method.rates == (1.0, 100.0) and (method.parts[0].dropout, method.parts[1].text) == (0.1, "1e3")
+
+
 def test_method_by_name_and_short_form(file: Path) -> None:
     assert load_run(file, ["method=ia3"]).method.name == "ia3"
     file.write_text(TEXT + "method: lora\n")
@@ -68,7 +78,24 @@ def test_resolved_settings_give_the_same_run(name: str) -> None:
         ("data.limits.lekaed=1", "data.limits.lekaed: unknown key; did you mean 'leaked'?"),
         ("method.rnk=3", "method.rnk: LoRA has no such setting; did you mean 'rank'?"),
         ("method=lorra", "method: unknown method 'lorra'; did you mean 'lora'?"),
-        ("method.rank=x", "method.rank: input should be a valid integer, .* not 'x'"),
+        (
+            "method={method: compose, parts: [lora, {method: ia3, target: x}]}",
+            r"method.parts\[1\].target: IA3 has no such setting; did you mean 'targets'?",
+        ),
+        ("method={method: compose, parts: [lorra, ia3]}", r"method.parts\[0\]: unknown method 'lorra'"),
+        ("method={method: compose, parts: [lora, {method: lora, rank: x}]}", r"method.parts\[1\].rank: input should"),
+        ("method={method: compose, parts: [lora, ia3], rates: [1, 0]}", r"the 2 parts, not \(1.0, 0.0\)"),
+        ("method.rank=x", "method.rank: input should be a valid integer, not 'x'"),
+        ("method.rank=true", "method.rank: input should be a valid integer, not True"),
+        ("method.rank='8'", "method.rank: input should be a valid integer, not '8'"),
+        ("method.rank=8.0", "method.rank: input should be a valid integer, not 8.0"),
+        ("method.rank=8.5", "method.rank: input should be a valid integer, not 8.5"),
+        ("method.rank=1e1", "method.rank: input should be a valid integer, not '1e1'"),
+        ("method.alpha=true", "method.alpha: input should be a valid number, not True"),
+        ("method.rslora=1", "method.rslora: input should be a valid boolean, not 1"),
+        ("method.rslora='yes'", "method.rslora: input should be a valid boolean, not 'yes'"),
+        ("method.init=1", "method.init: input should be a valid string, not 1"),
+        ("method.rank_pattern={q_proj: 2.0}", "method.rank_pattern: input should be a valid integer, not "),
         ("train.lr=abc", "train.lr: input should be a valid number, .*not 'abc'"),
         ("train.lr=true", "train.lr: input should be a valid number, not True"),
         ("train.lr=.nan", "train.lr: input should be a finite number"),

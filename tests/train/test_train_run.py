@@ -66,6 +66,42 @@ def test_a_run_and_what_it_writes(settings: Settings, sources: dict[str, str]) -
     assert [path.name for path in state.checkpoints(folder / "checkpoints")] == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_very_short_run_trains(steps: int, settings: Settings) -> None:
+    """Every step has a rate above 0, with the warm-up that is the default."""
+    result = quiet(settings(train={"max_steps": steps, "log_every": 1}))
+    assert [line["lr"] for line in lines(result.folder) if "loss" in line] == [0.01] * steps
+    assert all(value.any() for key, value in load_file(result.adapter / "adapter_model.safetensors").items())
+
+
+def test_a_warm_up_of_the_whole_run_is_refused(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.warmup: 6 steps, and the run has 6"):
+        quiet(settings(train={"warmup": 6}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        ({"device": "tpu"}, "device: unknown device 'tpu'"),
+        ({"device": "tpu", "precision": "bf16"}, "device: unknown device 'tpu'"),
+        ({"method": {"method": "lora", "targets": ["q_prj"]}}, "q_prj"),
+        ({"method": {"method": "lora", "targets": ["attention.qery"]}, "precision": "nf4"}, "attention.query"),
+        ({"method": {"method": "top_layers", "count": 99}}, "99 blocks"),
+        ({"method": {"method": "prompt_tuning", "length": 200}}, "method.length: the 200 of prompt_tuning alone fill"),
+        ({"method": {"method": "prefix_tuning", "length": 200}}, "method.length: the 200 of prefix_tuning alone fill"),
+        ({"data": {"template": {"kind": "chta"}}}, "did you mean 'chat'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_settings_are_checked_before_the_data_are_read(
+    parts: dict[str, Any], match: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.train.run.read_data", None)
+    with pytest.raises(GraftError, match=match):
+        quiet(settings(**parts))
+
+
 @pytest.mark.parametrize("base_name", ["llama", "t5"])
 def test_the_saved_adapter_has_the_loss_that_the_run_says(base_name: str, settings: Settings) -> None:
     """Independent of the trainer: a fresh base, the saved adapter and template, and the mean loss by hand."""
@@ -101,7 +137,7 @@ def test_classification_trains_its_head(settings: Settings, sources: dict[str, s
 
 def test_keep_best_keeps_the_best(settings: Settings) -> None:
     """A rate that is far too high: the last evaluation is not the best."""
-    result = quiet(settings(train={"lr": 3.0, "eval_every": 1, "keep_best": "loss", "keep": 1, "max_steps": 6}))
+    result = quiet(settings(train={"lr": 3.0, "eval_every": 1, "keep_best": "loss", "keep": 1, "schedule": "constant"}))
     losses = {line["step"]: line["eval_loss"] for line in lines(result.folder) if line["step"] and "eval_loss" in line}
     best = min(losses, key=losses.__getitem__)
     assert best < 6 and result.metrics["kept_step"] == best and result.metrics["eval_loss"] == losses[best]

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.optim import SGD
+from transformers import get_scheduler
 
+from graft.errors import ConfigError
 from graft.train.plot import plot
 from graft.train.progress import read_lines
-from graft.train.schedule import Schedule
+from graft.train.schedule import Schedule, rate, warmup_steps
 
 LENGTHS = [random.Random(0).randint(3, 30) for _ in range(23)]
 
@@ -52,6 +56,27 @@ def test_where_a_step_stands() -> None:
     largest = max(len(each) * max(LENGTHS[i] for i in each) for each in found.batches)
     longest = found.longest()
     assert len(longest) * max(LENGTHS[i] for i in longest) == largest
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_the_rate_is_transformers_and_never_lost(kind: str) -> None:
+    """As transformers' (its first step has rate 0, ours is one step ahead while warming up), for every length."""
+    theirs = get_scheduler("constant_with_warmup" if kind == "constant" else kind, SGD([torch.ones(1)]), 3, 20)
+    factor = theirs.lr_lambdas[0]
+    got = [rate(step, kind=kind, steps=20, warmup=3) for step in range(20)]
+    assert got[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and got[3:] == pytest.approx([factor(i) for i in range(3, 20)])
+    for steps in range(1, 80):
+        for warmup in {0, warmup_steps(0.03, steps), warmup_steps(0.99, steps), steps - 1}:
+            found = [rate(step, kind=kind, steps=steps, warmup=warmup) for step in range(steps)]
+            assert min(found) > 0 and max(found) == 1.0
+
+
+def test_the_warm_up_in_steps() -> None:
+    assert [warmup_steps(0.03, steps) for steps in (1, 2, 33, 34, 100)] == [0, 1, 1, 2, 3]
+    assert warmup_steps(0, 9) == 0 and warmup_steps(8, 9) == 8 and warmup_steps(0.999, 9) == 8
+    for steps in (8, 2):
+        with pytest.raises(ConfigError, match=rf"train\.warmup: 8 steps, and the run has {steps}; use fewer"):
+            warmup_steps(8, steps)
 
 
 def test_metrics_that_a_kill_cut_off(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tiny import batch
 
 @pytest.fixture
 def fast_B(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoRA, "rate", lambda self, name: 16.0 if name.endswith(".B") else 1.0)
+    monkeypatch.setattr(LoRA, "rate", lambda self, name, parameter: 16.0 if name.endswith(".B") else 1.0)
 
 
 @pytest.mark.usefixtures("fast_B")

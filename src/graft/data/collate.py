@@ -141,8 +141,10 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
       attention finds the segments by itself, but only with one row;
     * layers carry no state from token to token (Mamba and other recurrent ones do).
 
-    `check_packing(model)` tries it on the model at hand. A mask of T x T is made, so memory grows with T squared,
-    except by flash and flex attention.
+    A model with adapters whose attention goes through transformers' interface (OPT and BERT too) finds them by the same
+    positions, makes no mask, and runs attention text by text (`graft.fast.segments`). Elsewhere a mask of T x T is
+    made, so memory grows with T squared, except by flash and flex attention. `check_packing(model)` tries it on the
+    model at hand.
     """
     _some(examples)
     ids = [token for example in examples for token in example.input_ids]
@@ -176,8 +178,12 @@ def check_packing(model: PreTrainedModel) -> None:
     not move the second one's logits (measured against how far it moves them when both are one text, in any dtype).
     """
     modes = {module: module.training for module in model.modules()}
+    bank: Any = getattr(model, "adapters", None)
+    asleep = getattr(bank, "asleep", False)
     model.eval()
     try:
+        if bank is not None:
+            bank.asleep = True  # the base by the attention that it has with adapters, which may need other batches
         holds = _isolates(model)
     except GraftError:  # the model's adapters cannot take these tokens: not a matter of packing
         raise
@@ -186,6 +192,8 @@ def check_packing(model: PreTrainedModel) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
+        if bank is not None:
+            bank.asleep = asleep
     if not holds:
         raise ConfigError(
             f"{type(model).__name__} lets packed examples see each other (it makes no mask from position_ids); "

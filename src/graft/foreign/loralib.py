@@ -124,7 +124,9 @@ def write_loralib(model: nn.Module, name: str, file: str | Path) -> tuple[str, .
         elif isinstance(delta, BiasDelta):
             slots[f"{site.path}.bias"] = plain(delta.bias)
         elif not isinstance(delta, CopyDelta):
-            raise AdapterFileError(f"adapter {name!r}: {FORM}'s form is for LoRA, not {adapter.method.name}")
+            raise AdapterFileError(
+                f"adapter {name!r}: {FORM}'s form holds low-rank pairs; {adapter.method.name} has none at {site.path}"
+            )
     one = next(iter(alphas.values()), 0.0)
     other = next((path for path, alpha in alphas.items() if not math.isclose(alpha, one)), None)
     if other is not None:

@@ -77,6 +77,14 @@ class Form:
         if cls.__dict__.get("kind"):
             FORMS[cls.kind] = cls()
 
+    def fitted(self, config: Config, model: nn.Module) -> Config:
+        """A config object's fields with those that peft fills in from the model; `read` gets the result.
+
+        Raises:
+            AdapterFileError: a field that contradicts the model.
+        """
+        return config
+
     def read(self, config: Config, model: nn.Module | None) -> Method:
         """The method that a config describes.
 

@@ -35,8 +35,6 @@ class PTuningForm(VirtualForm):
         if encoder not in ("MLP", "LSTM"):
             raise AdapterFileError(f"encoder_reparameterization_type = {encoder!r} is not known; it is MLP or LSTM")
         hidden = config.get("encoder_hidden_size")
-        if model is None and hidden is None:
-            raise AdapterFileError("encoder_hidden_size is missing; peft has no default for it")
         if hidden is not None:
             settings["hidden"] = targets.value_of(config, "encoder_hidden_size", None, int)
         if encoder == "MLP":  # whose layers peft does not ask

@@ -18,10 +18,10 @@ from graft.adapter import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
 from graft.forms.base import Config, Slot, Unheld
-from graft.forms.virtual import FIELDS, VirtualForm, length_of, virtual
-from graft.method import Delta, Method
+from graft.forms.virtual import FIELDS, VirtualForm, length_of, stack_of, virtual
+from graft.method import Build, Delta, Method
 from graft.methods.p_tuning_v2 import PTuningV2
-from graft.methods.prefix import PrefixDelta, PrefixTable, PrefixTuning
+from graft.methods.prefix import PrefixDelta, PrefixTable, PrefixTuning, heads_of
 
 ALIASED = (
     "peft gives decoder layer l the prefix slots (4l mod 2L, 4l+1 mod 2L), so that with an even number of layers L "
@@ -51,6 +51,17 @@ class PrefixForm(VirtualForm):
             return PrefixTuning(length=length, **kept)
         hidden = targets.value_of(config, "encoder_hidden_size", None, int)
         return PrefixTuning(length=length, hidden=hidden, **kept)
+
+    def sizes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        build = Build(model, peft_compat=True)
+        sites = PrefixTuning().sites(build)
+        heads, size = heads_of(sites[0], build)
+        own = {"token_dim": (heads * size,), "num_layers": (len(sites),), "num_attention_heads": (heads,)}
+        if heads == stack_of(model)["num_attention_heads"]:
+            return {**own}
+        # Where key/value heads are fewer, peft puts their sizes in the place of the queries'.
+        queries = super().sizes(model)
+        return {field: values if field == "num_layers" else values + queries[field] for field, values in own.items()}
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:
         table = adapter.shared

@@ -196,8 +196,7 @@ def feeding(names: list[str], fed: set[str]) -> list[str]:
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path."""
-    found = model.named_modules()
-    return {path: module for path, module in found if path and path.split(".")[0] != roles.BANK}
+    return {path: module for path, module in roles.modules_of_base(model).items() if path}
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:

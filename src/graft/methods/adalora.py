@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from graft import roles
 from graft.errors import ConfigError, SiteError
+from graft.fast import low_rank
 from graft.method import Build, Delta, Method, parameter
 from graft.roles import Site
 from graft.weights import is_linear
@@ -205,6 +206,10 @@ class AdaLoRADelta(Delta):
         x = F.dropout(x_BTI, self.dropout, self.training)
         down = F.linear(x, self.A.to(x.dtype)) * self.E.T.to(x.dtype)
         return y_BTO + (F.linear(down, self.B.to(x.dtype)) * self.scale).to(y_BTO.dtype)
+
+    def into(self, x_BTI: Tensor, y_BTO: Tensor, weight: float) -> Tensor:
+        dropped = F.dropout(x_BTI, self.dropout) if self.dropout > 0 and self.training else None
+        return low_rank.add(self.site.module, x_BTI, y_BTO, self.E * self.A, self.B, weight * self.scale, dropped)
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.B.float() @ (self.E.float() * self.A.float()))

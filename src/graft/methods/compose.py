@@ -11,7 +11,7 @@ Shape legend: P virtual tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ class Compose(Method):
     def __init__(
         self, *methods: Method, parts: Sequence[Any] = (), rates: Sequence[float] = (), **settings: Any
     ) -> None:
-        made = tuple(from_dict(dict(part)) if isinstance(part, dict) else part for part in (*methods, *parts))
+        made = parts_from([*methods, *parts], lambda part: from_dict(part) if isinstance(part, dict) else part)
         values = {field.name: field.default for field in dataclasses.fields(self)} | settings
         if unknown := set(settings) - {field.name for field in dataclasses.fields(self)}:
             raise TypeError(f"unknown setting {min(unknown)!r}")
@@ -69,7 +69,9 @@ class Compose(Method):
                 raise ConfigError(f"Compose: {part.name} cannot be a part (a head trains along unless head=False)")
         object.__setattr__(self, "parts", tuple(dataclasses.replace(part, head=False) for part in self.parts))
         if self.rates and (len(self.rates) != len(self.parts) or min(self.rates) <= 0):
-            raise ConfigError(f"Compose: rates has one positive factor for each of the {len(self.parts)} parts")
+            raise ConfigError(
+                f"Compose: rates has one positive factor for each of the {len(self.parts)} parts, not {self.rates}"
+            )
         if self.layers is not None or self.modules_to_save:
             raise ConfigError("Compose: give layers and modules_to_save to a part, not to the whole")
 
@@ -112,6 +114,23 @@ class Compose(Method):
     def saved_as(self, adapter: Any) -> Method:
         parts = [adapter.parts[key].method.saved_as(adapter.parts[key]) for key in self.named()]
         return dataclasses.replace(self, parts=tuple(parts))
+
+
+def parts_from(given: Sequence[Any], read: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """What `read` makes of each part's settings.
+
+    Raises:
+        ConfigError: as `read` does, with the part's number, from 0.
+    """
+    made = []
+    for number, part in enumerate(given):
+        try:
+            made.append(read(part))
+        except ConfigError as error:
+            key, dot, rest = str(error).partition("method")
+            told = rest if dot and not key and rest[:1] in (".", ":") else f": {error}"
+            raise ConfigError(f"method.parts[{number}]{told}") from None
+    return tuple(made)
 
 
 def head_of(method: Method, build: Build) -> dict[str, Method]:

@@ -27,6 +27,7 @@ class FullFineTuning(SelectMethod):
     """
 
     name: ClassVar[str] = "full"
+    merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "FULL"
     paper: ClassVar[str] = "Howard and Ruder 2018, arXiv 1801.06146"
     trains: ClassVar[str] = "every value of the base"

@@ -67,7 +67,8 @@ class GLoRA(Method):
 
     Raises:
         ConfigError: a form that its part does not have, a rank below 1, choices without a supernet.
-        SiteError: a target is no linear, genes for what is no target or has no bias, or no part is left that acts.
+        SiteError: a target is no linear, genes for what is no target or has no bias, a form of C, D or E other than the
+            default where no target has a bias, or no part is left that acts.
     """
 
     rank: int = 4
@@ -168,9 +169,23 @@ class GLoRA(Method):
         unknown = set(self.genes) - {site.path for site in found}
         if unknown:
             raise SiteError(f"genes: {min(unknown)!r} is none of the {len(found)} targets; give whole paths")
+        if not build.peft_compat:  # peft leaves them out
+            self._refuse_bare(found)
         if not _acts({site.path: self.genes_at(site) for site in found}):
             raise SiteError("GLoRA: no part would act at any target: all are none, or need a bias that no target has")
         return found
+
+    def _refuse_bare(self, sites: list[Site]) -> None:
+        """Refuse a form of C, D or E that somebody asked for and no target can have."""
+        choices = [self.choices_at(site) for site in sites if self.supernet or site.path not in self.genes]
+        for i, part in enumerate(FORMS):
+            asked = self.choices.get(part, ("none",)) if self.supernet else (getattr(self, part),)
+            usual = not self.supernet and asked == (getattr(GLoRA, part),)
+            if usual or asked == ("none",) or not choices or any(words[i] != ("none",) for words in choices):
+                continue
+            name = f"choices: {part}" if self.supernet else part
+            remedy = f"leave {part} out" + ("" if part == "d" else ", or set add_bias=True")
+            raise SiteError(f"GLoRA: {name} cannot be {', '.join(asked)}: no target has a bias; {remedy}")
 
     def shared(self, sites: list[Site], build: Build) -> nn.Module | None:
         return Paths({site.path: self.choices_at(site) for site in sites}) if self.supernet else None

@@ -128,7 +128,8 @@ class IntrinsicDimension(Method):
         return Coordinates(self, list(names.values()), numels, places, like.device)
 
     def delta(self, site: Site, build: Build) -> Delta:
-        head = any(inside(site.path, (each.path,)) for each in roles.task_heads(build.model))
+        head = inside(site.path, vocabulary.TASK_HEADS)  # asked first: the other looks at the whole model
+        head = head and inside(site.path, tuple(each.path for each in roles.task_heads(build.model)))
         if head and not is_linear(site.module):
             raise SiteError(
                 f"IntrinsicDimension: {site.path} of the task head is a {type(site.module).__name__} and no linear; "

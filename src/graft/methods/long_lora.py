@@ -1,10 +1,11 @@
 """LongLoRA: LoRA, trained embeddings and norms, and attention in shifted segments (Chen et al. 2023, arXiv 2309.12307).
 
-While training, head h lets query i see key j <= i if both are of one segment: floor((i + o) / G) == floor((j + o) / G),
-with o = 0 in the first half of the heads and o = G / 2 in the second. So the first half cuts the text at G, 2G, ... and
-the second at G/2, 3G/2, ... . Positions count from the start of each text. In eval mode (and without gradients, as in
-`generate`) attention is the model's own. LoRA sits on q, k, v and o; the input embedding and all norms are trained as
-copies. An embedding that is tied to the head changes as an embedding alone: the head stays the base's.
+While it trains, head h lets query i see key j <= i if both are of one segment: floor((i + o) / G) equals
+floor((j + o) / G), with o = 0 in the first half of the heads and o = G / 2 in the second. So the first half cuts the
+text at G, 2G, ... and the second at G/2, 3G/2, ... . Positions count from the start of each text. In eval mode, without
+gradients (as in `generate`) and frozen beside another adapter that trains, attention is the model's own. LoRA sits on
+q, k, v and o; the input embedding and all norms are trained as copies. An embedding that is tied to the head changes as
+an embedding alone: the head stays the base's.
 
 The paper's code rolls the second half of the heads instead, so that the last segment joins the text's end and its start
 and the first G/2 tokens see the last ones. `rolled=True` computes that, for comparison with such models alone.
@@ -145,13 +146,16 @@ class SegmentDelta(AttentionDelta):
         self.group = method.group
         self.ratio = method.ratio
         self.rolled = method.rolled
+        self.reads_width = method.group is None
 
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight_OI, bias_O  # merged models run as in eval mode
 
     def attend(self, call: Any, base: Any) -> tuple[Tensor, Tensor | None]:
-        if not (self.training and torch.is_grad_enabled()):
+        if not self._cuts(call):
             return base(call)
+        if attend.packed(call):
+            return attend.by_text(call, lambda one: self.attend(one, base))
         self._check(call, base)
         heads, kept = call.query_BHTD.shape[1], call.key_BKSD.shape[1]
         half, repeats = heads // 2, heads // kept
@@ -169,10 +173,15 @@ class SegmentDelta(AttentionDelta):
         skipped = half - half // repeats * repeats
         return torch.cat([out_first[:, :, :half], out_second[:, :, skipped:]], 2), None
 
+    def _cuts(self, call: Any) -> bool:
+        """Whether this forward trains the adapter; a frozen one beside another that trains acts as in eval mode."""
+        return self.training and torch.is_grad_enabled() and attend.trains(call, self)
+
     def _check(self, call: Any, base: Any) -> None:
         if not isinstance(call.past, int) or call.past:
             raise RouteError("LongLoRA: training cannot go on from a cache; pass whole texts, or call model.eval()")
-        if isinstance(getattr(base, "delta", None), SegmentDelta):
+        inner = [delta for delta in attend.inner(base) if isinstance(delta, SegmentDelta)]
+        if any(delta._cuts(call) for delta in inner):
             raise RouteError("LongLoRA: two adapters of one row cut its attention; train one at a time")
         tokens = call.key_BKSD.shape[2] - call.front
         if self.rolled and (

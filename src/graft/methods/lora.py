@@ -26,16 +26,13 @@ from torch.nn import functional as F
 
 from graft import roles, vocabulary
 from graft.errors import ConfigError, SiteError
+from graft.fast import low_rank
 from graft.method import Build, Delta, Method, inside, parameter
 from graft.methods import lora_init
 from graft.roles import Site
 from graft.weights import is_embedding, is_linear
 
 BIASES = ("none", "all", "lora_only")
-FAST = ("B", "B_bias", "bias", "magnitude")
-"""Parameters that `b_ratio` is for."""
-STACK_FROM = 3
-"""Groups in a batch from which stacked products are taken instead of a loop over the groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +94,8 @@ class LoRA(Method):
         if not 0 < self.b_ratio < math.inf:
             raise ConfigError(f"{type(self).__name__}: b_ratio must be a positive number, not {self.b_ratio}")
 
-    def rate(self, name: str) -> float:
-        return self.b_ratio if name.rpartition(".")[2] in FAST else 1.0
+    def rate(self, name: str, parameter: Tensor) -> float:
+        return self.b_ratio if name.rpartition(".")[2] == "B" or parameter.dim() == 1 else 1.0
 
     def sites(self, build: Build) -> list[Site]:
         found = super().sites(build)
@@ -257,8 +254,23 @@ class LoRADelta(Delta):
             y_BTO = y_BTO.index_add(-1, torch.cat(self.rows).to(up.device), up.to(y_BTO.dtype))
         else:
             y_BTO = y_BTO + up.to(y_BTO.dtype)
-        if self.bias is not None:
-            y_BTO = y_BTO + (self.bias - self.site.module.bias).to(y_BTO.dtype)  # type: ignore[operator]
+        change_O = self.bias_change()
+        return y_BTO if change_O is None else y_BTO + change_O.to(y_BTO.dtype)
+
+    def bias_change(self) -> Tensor | None:
+        """What training has changed of the base's bias (O), or None if it does not train."""
+        return None if self.bias is None else self.bias - self.site.module.bias  # type: ignore[operator]
+
+    def into(self, x_BTI: Tensor, y_BTO: Tensor, weight: float) -> Tensor | None:
+        drops = self.dropout > 0 and self.training
+        if type(self).after is not LoRADelta.after or (drops and self.A0 is not None):
+            return None
+        dropped = F.dropout(x_BTI, self.dropout) if drops else None
+        A, B = self.pair()
+        y_BTO = low_rank.add(self.site.module, x_BTI, y_BTO, A, self.full_B(B), weight * self.scale, dropped)
+        for change_O, factor in ((self.full_B_bias(), self.scale), (self.bias_change(), 1.0)):
+            if change_O is not None:
+                y_BTO = y_BTO + (weight * factor * change_O).to(y_BTO.dtype)
         return y_BTO
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -277,9 +289,9 @@ class LoRADelta(Delta):
         blocks = B.to(down.dtype).split([len(rows) for rows in self.rows])
         return torch.cat([F.linear(h, B) for h, B in zip(down.split(B.shape[1], -1), blocks, strict=True)], -1)
 
-    def full_B(self) -> Tensor:
+    def full_B(self, B: Tensor | None = None) -> Tensor:
         """B of `pair` as one (O, n k) matrix: block-diagonal over the parts, zero in the rows of the others."""
-        _, B = self.pair()
+        B = self.pair()[1] if B is None else B
         if not self.rows:
             return B
         width = B.shape[1]
@@ -314,22 +326,11 @@ class LoRADelta(Delta):
             bias_O = self.scale * extra + (0 if bias_O is None else bias_O)
         return weight_OI + self.weight_delta(), bias_O
 
-    @classmethod
-    def stack(cls, parts: list[tuple[Any, float, Tensor]], x_NTI: Tensor, y_NTO: Tensor) -> Tensor | None:
-        deltas: list[LoRADelta] = [delta for delta, _, _ in parts]
-        if len(parts) < STACK_FROM or x_NTI.dim() != 3 or any(_special(delta) for delta in deltas):
-            return None
-        pairs = [delta.pair() for delta in deltas]
-        factors = [delta.scale * weight for delta, weight, _ in parts]
-        width = max(len(A) for A, _ in pairs)
-        A_KRI = torch.stack([F.pad(A, (0, 0, 0, width - len(A))) for A, _ in pairs]).to(x_NTI.dtype)
-        scaled = [F.pad(factor * B, (0, width - len(A))) for factor, (A, B) in zip(factors, pairs, strict=True)]
-        B_KOR = torch.stack(scaled).to(x_NTI.dtype)
-        rows = torch.cat([index for _, _, index in parts])
-        owner = torch.cat([torch.full_like(index, k) for k, (_, _, index) in enumerate(parts)])
-        down = torch.bmm(x_NTI.index_select(0, rows), A_KRI[owner].transpose(1, 2))
-        up = torch.bmm(down, B_KOR[owner].transpose(1, 2))
-        return y_NTO.index_add(0, rows, up.to(y_NTO.dtype))
+    @property
+    def sums(self) -> bool:
+        drops = self.dropout > 0 and self.training
+        plain = self.bias is None and self.B_bias is None and not self.rows
+        return plain and not drops and type(self).after is LoRADelta.after
 
 
 class EmbeddingLoRADelta(Delta):
@@ -388,8 +389,3 @@ def embed_scale(module: nn.Module) -> float:
 
 def _config(build: Build) -> Any:
     return build.model.config
-
-
-def _special(delta: LoRADelta) -> bool:
-    drops = delta.dropout > 0 and delta.training
-    return bool(delta.rows) or delta.bias is not None or delta.B_bias is not None or drops

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from graft import roles
 from graft.errors import ConfigError, SiteError
+from graft.fast import low_rank
 from graft.method import Build, Delta
 from graft.roles import Site
 from graft.weights import is_linear
@@ -52,6 +53,13 @@ class LowRankDelta(Delta):
         if self.rows is None:
             return y_BTO + change_BTS
         return y_BTO.index_add(-1, self.rows.to(y_BTO.device), change_BTS)
+
+    def into(self, x_BTI: Tensor, y_BTO: Tensor, weight: float) -> Tensor | None:
+        if type(self).after is not LowRankDelta.after:
+            return None
+        dropped = F.dropout(x_BTI, self.dropout) if self.dropout > 0 and self.training else None
+        A, B = self.factors()
+        return low_rank.add(self.site.module, x_BTI, y_BTO, A, B, weight, dropped)
 
     def spread(self, values_S: Tensor) -> Tensor:
         """Values of the asked rows over all rows (O, ...), zero in the others."""

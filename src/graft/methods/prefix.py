@@ -6,8 +6,8 @@ The rows are used as stored (no rotation), every query sees them, and the real t
 With `hidden`, rows come from an embedding through Linear(D, hidden), tanh, Linear(hidden, 2 L K d) while training; only
 the result is kept. With `init="text"` they start as the base's own keys and values of real words, which is exactly the
 model with these words in its cache. The table has peft's layout: (P, 2L, K, d) with slot 2l the keys of layer l and
-2l+1 its values. In encoder-decoders peft hands decoder layer l the slots (4l mod 2L, 4l+1 mod 2L); `peft_compat=True`
-does so too.
+2l+1 its values. `peft_compat=True` differs as peft does: in encoder-decoders decoder layer l reads the slots
+(4l mod 2L, 4l+1 mod 2L), and the embedding in front of the MLP is K d wide instead of D.
 
 Shape legend: P virtual tokens, L layers, K key/value heads, D width, d head size.
 """
@@ -107,7 +107,8 @@ class PrefixTuning(Method):
         slots = list(range(len(sites)))
         if build.peft_compat and roles.is_encoder_decoder(build.model):
             slots = [2 * i % len(sites) for i in slots]
-        width = roles.select(build.model, ("attention.query",))[0].in_features
+        # peft's embedding is as wide as a layer's keys, which are narrower where key/value heads are few.
+        width = widths[0] // 2 if build.peft_compat else roles.select(build.model, ("attention.query",))[0].in_features
         like = next(sites[0].module.parameters())
         table = PrefixTable(self.length, widths, slots, [s.path for s in sites], self.hidden, width, like)
         if self.init == "text":
@@ -206,7 +207,7 @@ class PrefixDelta(AttentionDelta):
         assert isinstance(self.shared, PrefixTable)
         rows = self.shared.rows(self.path).unflatten(-1, (2, self.heads, self.size))
         if self.dropout and self.training:
-            rows = F.dropout(rows.expand(call.key_BKSD.shape[0], *rows.shape), self.dropout)
+            rows = F.dropout(rows.expand(attend.texts_of(call), *rows.shape), self.dropout)
         return base(attend.prepend(call, rows[..., 0, :, :], rows[..., 1, :, :]))
 
 

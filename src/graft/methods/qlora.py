@@ -45,8 +45,8 @@ class QLoRA(LoRA):
         found = super().sites(build)
         if not any(quantized(site.module) for site in found):
             raise ConfigError(
-                "QLoRA: the base is not quantized; load it with precision='nf4' (or int8), or take LoRA, which is the "
-                "same method on a plain base"
+                "QLoRA: the base is not quantized; load it in precision nf4 or int8, or take LoRA, which is the same "
+                "method on a plain base"
             )
         return found
 

@@ -43,6 +43,7 @@ class TopLayers(SelectMethod):
     lm_head: bool = False
 
     name: ClassVar[str] = "top_layers"
+    merges: ClassVar[bool] = True
     peft_type: ClassVar[str] = "SUBSET"
     paper: ClassVar[str] = "Lee et al. 2019, arXiv 1911.03090"
     trains: ClassVar[str] = "the last `count` blocks and the norm behind them"

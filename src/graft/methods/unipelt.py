@@ -203,6 +203,8 @@ class GatedPrefixDelta(PrefixDelta):
 
     def attend(self, call: Any, base: Any) -> tuple[Tensor, Tensor | None]:
         texts: Texts = call.texts
+        if attend.packed(call):
+            return self._gated(call, texts.index[0, call.mask.starts], base)
         if not texts.packed:
             return self._gated(call, texts.index[:, 0], base)
         call = dataclasses.replace(call, mask=attend.explicit_mask(call))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from pydantic import (
 
 from graft.errors import ConfigError
 from graft.method import REGISTRY, Method, from_dict, nearest
+from graft.settings import tuples
 
 DEFAULT_METHOD = "lora"
 
@@ -39,6 +41,13 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _numbers(value: Any) -> Any:
+    """As `_number`, inside of tuples and dicts too."""
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    return tuple(map(_numbers, value)) if isinstance(value, tuple) else _number(value)
+
+
 def _method(value: Any) -> Method:
     if isinstance(value, Method):
         return value
@@ -47,12 +56,13 @@ def _method(value: Any) -> Method:
     if not isinstance(value, dict):
         raise ConfigError(f"method: expected a name or settings, not {value!r}")
     import graft.methods  # noqa: F401  fills the registry
+    from graft.methods.compose import parts_from
 
     named = str(value.get("method")).replace("-", "_").lower()
     found = next((cls for name, cls in REGISTRY.items() if named in (name, cls.__name__.lower())), Method)
     settings = {key: _typed(found, key, each) for key, each in value.items()}
     if isinstance(settings.get("parts"), list | tuple):
-        settings["parts"] = tuple(_method(part) for part in settings["parts"])
+        settings["parts"] = parts_from(settings["parts"], _method)
     return from_dict(settings)
 
 
@@ -61,9 +71,13 @@ def _typed(method: type[Method], key: str, value: Any) -> Any:
     hint = typing.get_type_hints(method).get(key)
     if hint is None or key == "method" or (isinstance(value, dict) and "range" in value):
         return value
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+    value = tuples(value)
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
+        with contextlib.suppress(ValidationError):
+            return adapter.validate_python(_numbers(value))
         message = error.errors()[0]["msg"]
         raise ConfigError(f"method.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
 
@@ -118,9 +132,18 @@ class DataSettings(_Settings):
     """Cut longer rows instead of refusing them."""
     packing: bool = False
     """Several examples in one row, blind to each other; `train.batch_size` then counts packs."""
+    padding_free: bool | None = None
+    """The examples of a batch end to end in one row, without padding; None: where it changes nothing but the time.
+    True: refuse where it cannot be; False: pad."""
     group: bool = True
     """Put examples of like length into one batch."""
     limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _packs_have_no_padding(self) -> DataSettings:
+        if self.packing and self.padding_free is False:
+            raise ConfigError("data.padding_free: packs have no padding; leave it out, or turn data.packing off")
+        return self
 
 
 class TrainSettings(_Settings):
@@ -153,6 +176,9 @@ class TrainSettings(_Settings):
     keep_best: Literal["loss", "accuracy"] | None = None
     """The adapter of the best evaluation is kept, not the last; accuracy is for classifiers."""
     gradient_checkpointing: bool = False
+    trunk_cache: bool | None = None
+    """Keep what frozen blocks below the adapter make of each text; None: where that saves time and changes no result.
+    True: also where they have dropout, which is then off there."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as the base is; bf16: autocast over an fp32 base, where the device has bf16."""
 

@@ -22,6 +22,8 @@ if sys.platform != "win32":
 
 DATA = "data.json"
 """Written before `run.yaml`: a folder with settings alone is a user's, not a run's."""
+PAGE = "profile.md"
+"""Where the time of a few steps went: `graft train --profile` writes it, before or after the run itself."""
 LOCK = ".lock"
 """Held while a run trains, and removed behind it."""
 
@@ -41,7 +43,7 @@ def place(run: Run, fresh: bool) -> Path:
         raise ConfigError(f"output: {settings} is no run's own and would be overwritten; take another folder")
     if settings.is_file():
         _check_same(settings, run)
-    elif folder.is_dir() and any(item.name not in ("checkpoints", DATA, LOCK) for item in folder.iterdir()):
+    elif folder.is_dir() and any(item.name not in ("checkpoints", DATA, LOCK, PAGE) for item in folder.iterdir()):
         raise ConfigError(f"output: {folder} holds something else than a run; take another folder")
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from graft.adapt import prepare, route
 from graft.bank import bank_of
 from graft.errors import TrainingError
+from graft.fast.head import head_of
+from graft.fast.loss import fast_loss
+from graft.fast.trunk import Trunk
 from graft.method import Delta
 from graft.slots import marked
 from graft.train import state as states
@@ -27,6 +30,10 @@ class RoutedTrainer(SavingTrainer):
 
     autocast: torch.dtype | None = None
     """Forwards run under autocast to this dtype."""
+    trunk: Trunk | None = None
+    """Keeps the states below the first block that trains, if there is one."""
+    _labelled_rows: bool = True
+    """Whether losses leave out the logits of what has no label; they are the same."""
     counts_items: bool
     """Whether the model's loss divides by the count of the whole step."""
     logits_head: nn.Module | None
@@ -51,12 +58,22 @@ class RoutedTrainer(SavingTrainer):
         if self.takes_cache:
             plain["use_cache"] = False
         segments = inputs.get("segments")
+        routing = self._route(inputs.get("adapter"), segments)
+        return plain, routing if self.trunk is None else self._above(self.trunk, routing, plain, segments)
+
+    def _route(self, rows: Sequence[Any] | None, segments: Any) -> contextlib.AbstractContextManager:
         if segments is not None:
             if any(adapter.selected for adapter in bank_of(self.model)):
-                return plain, contextlib.nullcontext()  # what trains the base itself cannot be routed, and need not be
-            return plain, route(self.model, segments=self._segments(segments))
-        entries = self._entries(inputs.get("adapter"))
-        return plain, contextlib.nullcontext() if entries is None else route(self.model, entries)
+                return contextlib.nullcontext()  # what trains the base itself cannot be routed, and need not be
+            return route(self.model, segments=self._segments(segments))
+        entries = self._entries(rows)
+        return contextlib.nullcontext() if entries is None else route(self.model, entries)
+
+    @contextlib.contextmanager
+    def _above(self, trunk: Trunk, routing: Any, plain: dict[str, Any], segments: Any) -> Iterator[None]:
+        """The route, and a forward that starts above the frozen trunk."""
+        with routing, trunk.serving(plain, segments and [length for _, length in segments]):
+            yield
 
     def _segments(self, segments: Sequence[tuple[Any, int]]) -> list[tuple[Any, int]]:
         """Packed segments with the entry that each gets; what is in use, if none of them names anything."""
@@ -81,10 +98,17 @@ class RoutedTrainer(SavingTrainer):
         if num_items_in_batch is not None and not self.counts_items:
             world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             here = self._get_num_items_in_batch([inputs], self.args.device)
-            share = here / num_items_in_batch * world
+            share = here / max(num_items_in_batch, 1) * world
             num_items_in_batch = None
-        with routing, in_fp32(self.logits_head):
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        fast = self._labelled_rows and not return_outputs and self._plain_loss()
+        if fast:
+            head_of(self.model)  # here, so that its trial never runs inside of a route
+        outputs: Any = None
+        with routing:
+            loss = self._fast_loss(model, inputs, num_items_in_batch) if fast else None
+            if loss is None:
+                with in_fp32(self.logits_head):
+                    loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if share is not None:
             loss = loss * share
         if model.training:
@@ -92,6 +116,19 @@ class RoutedTrainer(SavingTrainer):
             if not loss.requires_grad:
                 raise TrainingError("nothing that trains acts on this batch; graft.use an adapter that trains")
         return (loss, outputs) if return_outputs else loss
+
+    def _plain_loss(self) -> bool:
+        """Whether Trainer would take the model's own loss, or smoothed labels, in this one process."""
+        spread = getattr(self.accelerator, "parallelism_config", None) is not None or self.args.n_gpu > 1
+        return not spread and self.compute_loss_func is None and not self.args.use_liger_kernel
+
+    def _fast_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor | None:
+        """The loss at the labelled rows, as Trainer scales it; None where the plain one is needed."""
+        smoothing = self.args.label_smoothing_factor
+        loss = fast_loss(self.model, inputs, call=model, num_items=num_items, smoothing=smoothing)
+        if loss is None or num_items is None or not self.args.average_tokens_across_devices:
+            return loss
+        return loss * self.accelerator.num_processes
 
     def _with_penalties(self, loss: Tensor) -> Tensor:
         """The loss of a batch with its part of the adapters' penalties, which count once in a step."""

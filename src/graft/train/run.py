@@ -33,8 +33,9 @@ from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
 from graft.train.result import Result, peak_bytes, read_result, result_dict
 from graft.train.schedule import Schedule, rate, warmup_steps
-from graft.train.setup import Data, check_data, length, open_model, read_data
+from graft.train.setup import Data, check_data, check_settings, length, open_model, padding_free, read_data
 from graft.train.trainer import GraftTrainer
+from graft.train.trunk import open_trunk
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 
@@ -86,12 +87,13 @@ def data_report(run: Run) -> Report:
 def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -> Result:
     config = base.load_config(run.base)
     tokenizer = base.load_tokenizer(run.base)
+    check_settings(run, tokenizer, config)
+    autocast = _autocast(run)
     data = read_data(run, tokenizer, config)
     resumed = begun(folder, data)
     if not resumed:
         console.print(data.report.table())
     check_data(run, data)
-    autocast = _autocast(run)
     schedule = _schedule(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
@@ -99,12 +101,24 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
     with _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
-        trainer.dry_run()
-        if not resumed:
-            begin(run, folder, data)
-        console.print(_headline(run, model, schedule), highlight=False, soft_wrap=True)
-        recorder = _fit(trainer, folder, schedule, console)
+        rows, times = _evaluations(run, data, schedule)
+        with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder) as trainer.trunk:
+            trainer.dry_run()
+            if not resumed:
+                begin(run, folder, data)
+            console.print(_headline(run, model, schedule), highlight=False, soft_wrap=True)
+            if trainer.trunk is not None:
+                console.print(trainer.trunk.plan, highlight=False, soft_wrap=True)
+            recorder = _fit(trainer, folder, schedule, console)
+            if trainer.trunk is not None:
+                console.print(trainer.trunk.told, highlight=False, soft_wrap=True)
     return _finish(run, folder, model, data, trainer, recorder, console)
+
+
+def _evaluations(run: Run, data: Data, schedule: Schedule) -> tuple[list[int], int]:
+    """Tokens of each evaluation row, and how often they are evaluated."""
+    every = run.train.eval_every or schedule.steps_per_epoch
+    return [length(example) for example in data.evaluation or ()], 1 + -(-schedule.steps // every)
 
 
 def _schedule(run: Run, data: Data) -> Schedule:
@@ -175,12 +189,12 @@ def _trainer(
     autocast: torch.dtype | None,
     callbacks: Sequence[Any],
 ) -> GraftTrainer:
-    mode = data.template.mode
+    mode, flat = data.template.mode, padding_free(run, data, model)
     trainer = GraftTrainer(
         model,
         _arguments(run, folder, schedule, model.device, data.evaluation is not None),
-        data_collator=Collator(tokenizer, packed=run.data.packing, mode=mode),
-        eval_collator=Collator(tokenizer, mode=mode),
+        data_collator=Collator(tokenizer, packed=run.data.packing or flat, mode=mode),
+        eval_collator=Collator(tokenizer, packed=flat, mode=mode),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         template=data.template.to_dict(),

@@ -24,6 +24,7 @@ class SavingTrainer(Trainer):
     Optimizer, scheduler and random states are Trainer's own, which reads them with `weights_only=True`.
     """
 
+    lr_scheduler: Any
     template: dict[str, Any] | None = None
     keep: int | None = None
     """How many checkpoints stay beside the best; None for what `save_total_limit` says."""

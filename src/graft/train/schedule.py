@@ -88,9 +88,14 @@ class Schedule:
         start = self.ends[number - 1] if number else 0
         return number + (done - start) / (self.ends[number] - start)
 
-    def longest(self) -> list[int]:
-        """The batch that needs most memory: rows times the longest row."""
-        return max(self.batches, key=lambda batch: len(batch) * max(self.lengths[i] for i in batch))
+    def longest(self, *, flat: bool = False) -> list[int]:
+        """The batch that needs most memory: rows times the longest row, or all tokens where nothing is padded."""
+
+        def tokens(batch: list[int]) -> int:
+            lengths = [self.lengths[i] for i in batch]
+            return sum(lengths) if flat else len(batch) * max(lengths)
+
+        return max(self.batches, key=tokens)
 
 
 def rate(step: int, *, kind: str, steps: int, warmup: int) -> float:

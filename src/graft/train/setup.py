@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from graft import base, roles
+from graft import base, interface, roles
 from graft.adapt import attach
 from graft.bank import bank_of
 from graft.data.collate import check_ends, check_packing, pad_id, truncate
@@ -20,7 +21,10 @@ from graft.data.report import Limits, Report, report
 from graft.data.rows import Row, hold_out, load_rows
 from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
+from graft.ids import IGNORED
 from graft.train.config import Run
+
+log = logging.getLogger("graft")
 
 LENGTH = 1024
 """The longest row where neither the run nor the model says one, and the longest pack where the run does not."""
@@ -43,6 +47,30 @@ class Data:
     names: tuple[str, ...]
     """The adapters that the rows name, or the run's own."""
     max_length: int
+
+
+def check_settings(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse what the settings and the base's config alone can tell: no row and no weight is read.
+
+    Raises:
+        ConfigError, SiteError: as `open_model` later.
+    """
+    base.check(run.precision, run.device)
+    template = _template(run, tokenizer, config)
+    try:
+        model = base.skeleton(config, 2 if template.mode == "classification" else None)
+    except Exception:  # whatever a model's own code cannot do without weights; `load_base` says what is wrong
+        return
+    try:
+        attach(model, run.method.with_tokenizer(tokenizer), run.name, peft_compat=run.peft_compat)
+    except ConfigError:
+        if run.precision in ("int8", "nf4"):  # a method may want what this plain skeleton is not
+            return
+        raise
+    except NotImplementedError:  # a start that needs weights
+        return
+    _check_slots(template, [run.name], model)
+    _free_positions([run.name], model)
 
 
 def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
@@ -118,20 +146,58 @@ def open_model(run: Run, data: Data, tokenizer: PreTrainedTokenizerBase) -> PreT
     )
     if classify and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id(tokenizer)  # decoders find the last token of a row by it
-    if run.data.packing:
-        check_packing(model)
     method = run.method.with_tokenizer(tokenizer)
     for name in data.names:
         attach(model, method, name, peft_compat=run.peft_compat)
+    if run.data.packing:
+        check_packing(model)
     _check_new(run, data, model)
-    _check_slots(data, model)
-    _check_room(run, data, model, tokenizer)
+    _check_slots(data.template, data.names, model)
+    _check_room(data, model)
     return model
+
+
+def padding_free(run: Run, data: Data, model: PreTrainedModel) -> bool:
+    """Whether the examples of a batch stand end to end in one row; where they could but do not, the log says why.
+
+    Raises:
+        ConfigError: `data.padding_free` is true, and this model or method cannot.
+    """
+    asked = run.data.padding_free
+    if run.data.packing:
+        return interface.makes_no_mask(model)
+    reason = None if asked is False else needs_rows(run, data, model)
+    if reason is None:
+        return asked is not False
+    if asked:
+        raise ConfigError(f"data.padding_free: {reason}; leave it out")
+    log.info("batches are padded: %s", reason)
+    return False
 
 
 def length(example: Example) -> int:
     """Tokens of an example; of an encoder-decoder's the longer side."""
     return max(len(example.input_ids), len(example.labels))
+
+
+def needs_rows(run: Run, data: Data, model: PreTrainedModel) -> str | None:
+    """Why examples must not stand in one row, if anything speaks against it."""
+    if data.template.mode != "causal":
+        return f"{data.template.mode} takes each example in a row of its own"
+    bank, kind = bank_of(model), type(model).__name__
+    deltas = [delta for name in data.names for leaf in bank[name].leaves for _, delta in leaf.items()]
+    if any(delta.reads_width for delta in deltas):
+        return f"{run.method.name} depends on how long the longest row of a batch is"
+    first = any(example.labels[0] != IGNORED for example in [*data.train, *(data.evaluation or ())])
+    if first and any(bank.prompts(((name, 1.0),)) for name in data.names):
+        return "the first token of an example has a label, which its pseudo-tokens predict in a row of its own alone"
+    if run.data.padding_free is None and not interface.makes_no_mask(model):
+        return f"attention of {kind} would need a mask of all tokens by all tokens"
+    try:
+        check_packing(model)
+    except ConfigError:
+        return f"{kind} lets examples of one row see each other"
+    return None
 
 
 def _rows(run: Run) -> tuple[list[Row], list[Row] | None]:
@@ -170,8 +236,9 @@ def _template(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
             f"data.template.mode: {run.base} is a {kind}, which sees the tokens that it shall predict; say "
             "mode classification, or take a causal base"
         )
-    if run.data.packing and template.mode != "causal":
-        raise ConfigError(f"data.packing: it works for decoders only, not in mode {template.mode}")
+    for key in ("packing", "padding_free"):
+        if getattr(run.data, key) and template.mode != "causal":
+            raise ConfigError(f"data.{key}: it works for decoders only, not in mode {template.mode}")
     if run.train.keep_best == "accuracy" and template.mode != "classification":
         raise ConfigError("train.keep_best: accuracy is for classification; use loss")
     if run.train.keep_best and run.data.eval is None:
@@ -198,10 +265,10 @@ def _check_new(run: Run, data: Data, model: PreTrainedModel) -> None:
             )
 
 
-def _check_slots(data: Data, model: PreTrainedModel) -> None:
+def _check_slots(template: Template, names: Sequence[str], model: PreTrainedModel) -> None:
     """A template that places pseudo-tokens must place all of them."""
-    placed = data.template.slots
-    for name in data.names if placed else ():
+    placed = template.slots
+    for name in names if placed else ():
         bank = bank_of(model)
         method, needed = bank[name].method.name, sum(delta.length for delta in bank.prompts(((name, 1.0),)))
         if needed == 0:
@@ -213,27 +280,39 @@ def _check_slots(data: Data, model: PreTrainedModel) -> None:
             )
 
 
-def _check_room(run: Run, data: Data, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Slots of soft prompts and prefix rows take positions too."""
+def _free_positions(names: Sequence[str], model: PreTrainedModel) -> tuple[int | None, int, int]:
+    """How many tokens the model takes (None: any number), how many of them are slots, and how many prefix rows.
+
+    Raises:
+        ConfigError: the adapters leave no room for a text.
+    """
     bank = bank_of(model)
-    adapters = [bank[name] for name in data.names]
+    adapters = [bank[name] for name in names]
     slots = max(sum(delta.length for delta in bank.prompts(((each.name, 1.0),))) for each in adapters)
-    slots = 0 if data.template.slots else slots  # the rows have them already
-    taken = slots + max((shift for each in adapters for shift in each.shift.values()), default=0)
+    shift = max((shift for each in adapters for shift in each.shift.values()), default=0)
     context = base.context_length(model.config)
     context = context and int(context * min(each.stretch for each in adapters))
-    longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])
-    if context is None or taken + longest <= context or roles.is_encoder_decoder(model):
-        return
-    if context - taken < 2:
+    if context is None or roles.is_encoder_decoder(model):
+        return None, slots, shift
+    if context - slots - shift < 2:
         raise ConfigError(
-            f"method.length: the {taken} of {adapters[0].method.name} alone fill the {context} tokens that the model "
-            "takes; use fewer"
+            f"method.length: the {slots + shift} of {adapters[0].method.name} alone fill the {context} tokens that the "
+            "model takes; use fewer"
         )
-    raise ConfigError(
-        f"data.max_length: {longest} tokens and {taken} of {adapters[0].method.name} are more than the {context} "
-        f"that the model takes; use at most {context - taken}"
-    )
+    return context, slots, shift
+
+
+def _check_room(data: Data, model: PreTrainedModel) -> None:
+    """Slots of soft prompts and prefix rows take positions too."""
+    context, slots, shift = _free_positions(data.names, model)
+    taken = shift + (0 if data.template.slots else slots)  # the rows have them already
+    longest = max(len(example.input_ids) for example in [*data.train, *(data.evaluation or ())])
+    if context is not None and taken + longest > context:
+        method = bank_of(model)[data.names[0]].method.name
+        raise ConfigError(
+            f"data.max_length: {longest} tokens and {taken} of {method} are more than the {context} that the model "
+            f"takes; use at most {context - taken}"
+        )
 
 
 def _hashes(run: Run, rows: Sequence[Row], held: Sequence[Row] | None) -> dict[str, str]:

@@ -87,7 +87,7 @@ def rates_of(adapters: Sequence[Adapter]) -> dict[int, float]:
         for leaf in adapter.leaves:
             factor = adapter.method.part_rate(leaf.name.rpartition("/")[2]) if adapter.parts else 1.0
             named = [*leaf.named_parameters(), *leaf.selected.items()]
-            found |= {id(p): rate for name, p in named if (rate := factor * leaf.method.rate(name)) != 1.0}
+            found |= {id(p): rate for name, p in named if (rate := factor * leaf.method.rate(name, p)) != 1.0}
     return found
 
 

@@ -239,12 +239,13 @@ class GraftTrainer(RoutedTrainer):
             TrainingError: it does not fit into memory.
         """
         assert self.schedule is not None
-        batch = self.data_collator([self.train_dataset[i] for i in self.schedule.longest()])
+        rows = self.schedule.longest(flat=getattr(getattr(self.data_collator, "inner", None), "packed", False))
+        batch = self.data_collator([self.train_dataset[i] for i in rows])
         parameters = [p for adapter in states.trained(self.model) for p in adapter.parameters()]
         gradients = [p.grad for p in parameters]
         buffers = [(b, b.clone()) for adapter in states.trained(self.model) for b in adapter.buffers()]
         mode = self.model.training
-        with states.same_random(), enough_memory(self.args, len(self.schedule.longest())):
+        with states.same_random(), enough_memory(self.args, len(rows)):
             try:
                 for parameter in parameters:
                     parameter.grad = None
@@ -291,13 +292,15 @@ class GraftTrainer(RoutedTrainer):
         for batch in dataloader:
             inputs = self._prepare_inputs(self.with_slots(batch))
             items = self._get_num_items_in_batch([inputs], self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
-            count = float(items) if items is not None else 1.0
             labels = inputs.get("labels")
+            classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self.compute_loss(self.model, inputs, return_outputs=classes)
+            loss = found[0] if classes else found
+            count = float(items) if items is not None else 1.0
             right, rows = 0.0, 0.0
-            if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
-                right, rows = float((outputs["logits"].argmax(-1) == labels).sum()), float(len(labels))
+            if labels is not None and classes:
+                right, rows = float((found[1]["logits"].argmax(-1) == labels).sum()), float(len(labels))
             sums += torch.tensor([float(loss) * count, count, right, rows], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.accelerator.num_processes > 1:

@@ -1,0 +1,208 @@
+"""docs/benchmarks.md from the results of all scripts.
+
+    python bench/report.py [--measure] [--only train_step sft]
+
+With --measure the scripts run first, one after the other; what this code has measured on this machine is not measured
+again. Nothing else should run meanwhile: cells measured under load are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common
+
+PAGE = common.ROOT / "docs" / "benchmarks.md"
+SCRIPTS = {
+    "train_step": "One training step, beside peft and full fine-tuning",
+    "sft": "Instruction tuning, beside TRL with peft",
+    "loss_memory": "The loss on labelled rows",
+    "trunk": "The frozen trunk",
+    "mixed_batch": "Many adapters in one batch",
+    "startup": "Start",
+}
+Row = dict[str, Any]
+TARGETS: list[tuple[str, str, Callable[[str, Row], bool], Callable[[Row], float | None], float]] = [
+    (
+        "train_step",
+        "LoRA on all linears against peft, fp32: at most 0.85",
+        lambda name, row: row["method"] == "lora-all" and row["dtype"] == "fp32",
+        lambda row: row.get("of_peft"),
+        0.85,
+    ),
+    (
+        "train_step",
+        "LoRA on all linears against peft, bf16: at most 0.9",
+        lambda name, row: row["method"] == "lora-all" and row["dtype"] == "bf16",
+        lambda row: row.get("of_peft"),
+        0.9,
+    ),
+    ("train_step", "every cell against peft: at most 1", lambda name, row: True, lambda row: row.get("of_peft"), 1.0),
+    (
+        "train_step",
+        "LoRA on all linears against full fine-tuning: at most 0.70",
+        lambda name, row: row["method"] == "lora-all",
+        lambda row: row.get("of_full"),
+        0.7,
+    ),
+    (
+        "sft",
+        "against TRL's default, vocabulary 32,000: at most 1/5 of its time",
+        lambda name, row: row["vocabulary"] == 32_000,
+        lambda row: 1 / row["variants"]["trl-default"]["speedup"],
+        1 / 5,
+    ),
+    (
+        "sft",
+        "against TRL's best setting, vocabulary 32,000: at most 1/2.5",
+        lambda name, row: row["vocabulary"] == 32_000,
+        lambda row: 1 / row["variants"]["trl-best"]["speedup"],
+        1 / 2.5,
+    ),
+    (
+        "sft",
+        "against TRL's default, vocabulary 151,936: at most 1/7",
+        lambda name, row: row["vocabulary"] == 151_936,
+        lambda row: 1 / row["variants"]["trl-default"]["speedup"],
+        1 / 7,
+    ),
+    (
+        "loss_memory",
+        "memory of the loss, 30 % labelled, vocabulary 32,768: at most 1/6 of the plain form's",
+        lambda name, row: name.startswith("loss/32768/") and row["labelled"] == 0.3,
+        lambda row: row["memory"],
+        1 / 6,
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--measure", action="store_true", help="run the scripts first")
+    parser.add_argument("--only", nargs="*", choices=list(SCRIPTS), default=list(SCRIPTS), help="with --measure: which")
+    options = parser.parse_args()
+    failed = []
+    for name in options.only if options.measure else ():
+        print(f"python bench/{name}.py", flush=True)
+        file = Path(__file__).with_name(f"{name}.py")
+        if file.is_file() and subprocess.run([sys.executable, str(file)], check=False).returncode:
+            failed.append(name)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"{PAGE.relative_to(common.ROOT)} is written")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def page() -> str:
+    """The whole page."""
+    found = {name: cells_of(name) for name in SCRIPTS}
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python bench/report.py` from `bench/results/`; do not edit by hand. `python bench/report.py "
+        "--measure` measures all of it anew, on a machine with nothing else to do.",
+        "",
+        "Times are medians, variants in turn in one process; ratios are medians of the ratios of the rounds. Losses "
+        "are asserted to be the same on both sides before any time counts: in fp32 within 1e-4 over 50 steps, in bf16 "
+        "at the first one within 2 %. Bases are random Llamas with a tied head; 30M and 60M are their parameters at a "
+        "vocabulary of 32,000.",
+        "",
+        *targets(found),
+        *behind(found),
+    ]
+    for name, title in SCRIPTS.items():
+        lines += [f"## {title}", "", *section(name, found[name]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cells_of(name: str) -> dict[str, Row]:
+    file = common.RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}
+
+
+def targets(found: dict[str, dict[str, Row]]) -> list[str]:
+    """What was aimed at, and the worst cell of each."""
+    lines = []
+    for script, text, belongs, value, limit in TARGETS:
+        values = {name: value(row) for name, row in found[script].items() if belongs(name, row)}
+        known = {name: number for name, number in values.items() if number is not None}
+        if not known:
+            lines.append([text, "not measured", "", "", "0"])
+            continue
+        worst = max(known, key=known.__getitem__)
+        state = "reached" if known[worst] <= limit else "**not reached**"
+        which = worst + (" (provisional)" if provisional(found[script][worst]) else "")
+        lines.append([text, f"{known[worst]:.3f}", state, which, str(len(known))])
+    return ["## Targets", "", common.table(["target", "worst cell", "", "which", "of cells"], lines), ""]
+
+
+def behind(found: dict[str, dict[str, Row]]) -> list[str]:
+    """Where another is faster."""
+    lines = [f"- {text}" for text in _behind(found)]
+    return ["## Where another is faster", "", *(lines or ["In no cell that is measured."]), ""]
+
+
+def _behind(found: dict[str, dict[str, Row]]) -> Iterator[str]:
+    for name, row in found["train_step"].items():
+        for key, other in (("of_peft", "peft"), ("of_full", "full fine-tuning")):
+            if (row.get(key) or 0.0) > 1.0:
+                yield f"train_step {name}: {row[key]:.3f} of {other}'s time"
+    for name, row in found["sft"].items():
+        for variant, one in row["variants"].items():
+            if one["speedup"] < 1.0:
+                yield f"sft {name}: {variant} is {1 / one['speedup']:.2f} times as fast"
+    for name, row in found["loss_memory"].items():
+        for key in ("memory", "time"):
+            if row[key] > 1.0:
+                yield f"loss_memory {name}: {row[key]:.3f} of the plain form's {key}"
+
+
+def section(name: str, cells: dict[str, Row]) -> list[str]:
+    """One script's results, a table for each machine."""
+    if not cells:
+        return [f"Not measured yet: `python bench/{name}.py`."]
+    lines = []
+    show = importlib.import_module(name).show
+    for machine in dict.fromkeys(json.dumps(row["machine"], sort_keys=True) for row in cells.values()):
+        own = {key: row for key, row in cells.items() if json.dumps(row["machine"], sort_keys=True) == machine}
+        lines += [
+            *(f"`{text}`  " for text in dict.fromkeys(row["command"] for row in own.values())),
+            about(machine, own),
+            "",
+        ]
+        lines += [show(own), ""]
+        if hints := [key for key, row in own.items() if provisional(row)]:
+            lines += [f"Provisional (other work ran meanwhile, or less than 5 rounds): {', '.join(hints)}.", ""]
+    return lines
+
+
+def about(machine: str, cells: dict[str, Row]) -> str:
+    """The machine, the versions, the days and commits."""
+    facts = json.loads(machine)
+    versions = ", ".join(f"{package} {facts[package]}" for package in common.PACKAGES if facts.get(package))
+    where = ", ".join(
+        [facts["cpu"], f"{facts['cores']} cores, threads {facts['threads']}, {facts['memory_gb']} GB"]
+        + ([facts["gpu"]] if facts.get("gpu") else [])
+    )
+    days = ", ".join(dict.fromkeys(row["date"] for row in cells.values()))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in cells.values()))
+    repeats = ", ".join(dict.fromkeys(str(row.get("repeats", "?")) for row in cells.values()))
+    return f"{where}; {versions}; medians of {repeats}; {days}, commit {commits}"
+
+
+def provisional(row: Row) -> bool:
+    """Whether more ran than the threads of the measurement, or too few rounds were measured."""
+    return row["load"] > row["machine"]["threads"] + 0.7 or row.get("repeats", 0) < common.REPEATS
+
+
+if __name__ == "__main__":
+    main()
