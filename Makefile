@@ -23,7 +23,7 @@ test-all: lint
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) -m "wide or not wide"
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check src tests scripts
+	$(VENV)/bin/ruff check src tests scripts bench
 	$(VENV)/bin/mypy
 
 # A venv that was interrupted half-way has no pip: it is made again. What already fits the constraints, pip leaves alone.

@@ -161,7 +161,12 @@ def show(cells: dict[str, dict[str, Any]]) -> str:
     """The table of all cells: seconds of a step, and ratios."""
     titles = ["method", "base", "vocabulary", "dtype", "Graft s", "peft s", "full s"]
     titles += ["Graft / peft", "Graft / full", "peft / full"]
-    return common.table(titles, [[row.get(key) for key in COLUMNS] for row in cells.values()])
+    return common.table(titles, [[row.get(key) for key in COLUMNS] for row in sorted(cells.values(), key=place)])
+
+
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands in the table."""
+    return row["size"], row["vocabulary"], list(METHODS).index(row["method"]), row["dtype"]
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def install(model: nn.Module, bank: Bank) -> None:
             AttentionMaskInterface.register(PREFIX + kind, segments.masks(kind, ALL_MASK_ATTENTION_FUNCTIONS[kind]))
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for config in configs.values():
-        now = getattr(config, "_attn_implementation", None)
+        # Another model may share the config and have our functions there already.
+        now = str(getattr(config, "_attn_implementation", None)).removeprefix(PREFIX)
         if now in TAKEN:
             bank.attention.append((config, now))
     for config, old in bank.attention:

@@ -257,7 +257,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _hidden(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "hidden_size", 0) or 0)
 

@@ -227,6 +227,21 @@ def test_the_model_is_itself_again() -> None:
     assert bank_of(twin).attention == [] and twin.config._attn_implementation == "flex_attention"
 
 
+def test_two_models_of_one_config(calls: list[Any]) -> None:
+    """What one model does to the config that they share, the other does not notice."""
+    first, rows = model_of("llama", graft.LoRA(rank=2)), texts()
+    first(**packed(rows))
+    second = type(first)(first.config).eval()
+    perturb(graft.attach(second, graft.PrefixTuning(length=2), "a"))
+    calls.clear()
+    wanted = second(**packed(rows)).logits
+    assert len(calls) == 2
+    graft.detach(first)
+    assert torch.equal(second(**packed(rows)).logits, wanted) and len(calls) == 4
+    graft.detach(second)
+    assert second.config._attn_implementation == "sdpa"
+
+
 def test_the_variable_length_kernel_gets_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel would be called with on a GPU, by a stand-in that computes as its documentation says."""
 
