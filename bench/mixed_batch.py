@@ -4,7 +4,7 @@
     python bench/mixed_batch.py --dtype bf16 --part decode --adapters 16 64
     python bench/mixed_batch.py --quick              # a smoke test of a few seconds on a tiny shape
 
-A random Llama of about 58M parameters, 64 rows, LoRA r=16 on all linears, one thread. Medians of `--runs` steps, all
+A random Llama of about 58M parameters, 64 rows, LoRA r=16 on all linears, one thread. Medians of `--repeats` steps, all
 variants in turn in one process; ratios are medians of the ratios to the base of the same turn. Logits of every row are
 compared with the loop over the groups and, for some adapters, with peft.
 """
@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import transformers
+from common import DTYPES
 from torch import Tensor
 
 import graft
@@ -30,7 +32,6 @@ from graft.fast import mixed
 
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANKS = (4, 8, 16, 32)
 CLOCK = time.perf_counter
 Step = Callable[[], Any]
@@ -172,7 +173,7 @@ def mixed_batches(options: argparse.Namespace, label: str) -> None:
         theirs = None if other is None else forward(other, case.ids_BT, adapter_names=case.rows)
         case.check(bare, case.ids_BT, theirs)
         for part in options.part:
-            row(label, f"{part}, {title}", timed(steps_of(part, case, bare, other), options.runs))
+            row(options, label, f"{part}, {title}", timed(steps_of(part, case, bare, other), options.repeats))
 
 
 def steps_of(part: str, case: Case, bare: Any, other: Any) -> dict[str, Step]:
@@ -200,7 +201,7 @@ def dora(options: argparse.Namespace, label: str) -> None:
     caches = [cached(each, prompt) for each in (bare, bare, bare)]
     every = zip(("base", "graft", "peft"), (bare, model, other), caches, strict=True)
     steps = {name: (lambda each=each, cache=cache: forward(each, ids, cache)) for name, each, cache in every}
-    row(label, "decode of one row, DoRA", timed(steps, 4 * options.runs))
+    row(options, label, "decode of one row, DoRA", timed(steps, 4 * options.repeats))
 
 
 def loading(options: argparse.Namespace) -> None:
@@ -225,20 +226,36 @@ def loading(options: argparse.Namespace) -> None:
                 start = CLOCK()
                 load(f"n{i}")
                 seconds.append(CLOCK() - start)
-            first, last = statistics.median(seconds[:5]), statistics.median(seconds[-5:])
-            print(f"| loading {count} adapters, {title} | first {1e3 * first:.1f} ms | last {1e3 * last:.1f} ms | | |")
+            first, last = (round(1e3 * statistics.median(part), 1) for part in (seconds[:5], seconds[-5:]))
+            options.results.put(f"loading {count}, {title}", case=f"loading, {title}", first=first, last=last)
+            print(f"loading {count} adapters, {title}: the first {first} ms, the last {last} ms", flush=True)
 
 
-def row(label: str, title: str, seconds: dict[str, list[float]]) -> None:
-    """One row of the table."""
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = statistics.median(a / b for a, b in zip(seconds["graft"], seconds["base"], strict=True))
-    peer = ["", ""]
+def row(options: argparse.Namespace, label: str, title: str, seconds: dict[str, list[float]]) -> None:
+    """Store one row of the table."""
+    found: dict[str, Any] = {name: round(1e3 * statistics.median(values), 2) for name, values in seconds.items()}
+    pairs = zip(seconds["graft"], seconds["base"], strict=True)
+    found["of_base"] = round(statistics.median(a / b for a, b in pairs), 3)
     if "peft" in seconds:
-        times = statistics.median(b / a for a, b in zip(seconds["graft"], seconds["peft"], strict=True))
-        peer = [f"{1e3 * middle['peft']:.1f}", f"{times:.2f}"]
-    own = f"{1e3 * middle['base']:.1f} | {1e3 * middle['graft']:.1f} | {ratio:.2f}"
-    print(f"| {label}, {title} | {own} | {' | '.join(peer)} |", flush=True)
+        pairs = zip(seconds["graft"], seconds["peft"], strict=True)
+        found["peft_of_graft"] = round(statistics.median(b / a for a, b in pairs), 2)
+    options.results.put(f"{title}/{label}", case=title, dtype=label, repeats=len(seconds["graft"]), **found)
+    print(f"{title}/{label}: {found}", flush=True)
+
+
+COLUMNS = ("case", "dtype", "base", "graft", "of_base", "peft", "peft_of_graft")
+
+
+def show(cells: dict[str, dict[str, Any]]) -> str:
+    """The table of all cells: milliseconds of a step and ratios; of loading, the first and the last adapter."""
+    titles = ["case", "dtype", "base ms", "Graft ms", "Graft / base", "peft ms", "peft / Graft"]
+    steps = [row for row in cells.values() if "of_base" in row]
+    loads = [row for row in cells.values() if "first" in row]
+    text = common.table(titles, [[row.get(key) for key in COLUMNS] for row in steps])
+    if loads:
+        lines = [[row["case"], row["first"], row["last"]] for row in loads]
+        text += "\n\n" + common.table(["one adapter more", "the first ms", "the last ms"], lines)
+    return text
 
 
 def main() -> None:
@@ -248,25 +265,27 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="of the prompt")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu", action="store_true", help="time of the CPU, for a machine that is not idle")
     parser.add_argument("--only", action="store_true", help="leave out the other mixtures, DoRA and loading")
+    parser.add_argument("--again", action="store_true", help="measured again in any case")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
-        options.adapters, options.rows, options.tokens, options.runs = [1, 8], 8, 4, 2
+        options.adapters, options.rows, options.tokens, options.repeats = [1, 8], 8, 4, 2
     torch.set_num_threads(options.threads)
     if options.cpu:
         global CLOCK
         CLOCK = time.process_time
-    print("| case | base ms | graft ms | graft / base | peft ms | peft / graft |\n|---|---|---|---|---|---|")
+    options.results = common.Results("mixed_batch", options)
     for label in options.dtype:
         mixed_batches(options, label)
         if not options.only:
             dora(options, label)
     if not options.only:
         loading(options)
+    print(show(options.results.cells))
 
 
 if __name__ == "__main__":

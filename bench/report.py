@@ -9,11 +9,12 @@ again. Nothing else should run meanwhile: cells measured under load are marked.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ SCRIPTS = {
     "startup": "Start",
 }
 Row = dict[str, Any]
+
+
+def _is(part: str, adapters: Sequence[str], dtype: str, name: str, row: Row) -> bool:
+    return any(row.get("case") == f"{part}, {each}" for each in adapters) and row.get("dtype") == dtype
+
+
+def _seconds(row: Row) -> float:
+    return float(row["seconds"])
+
+
 TARGETS: list[tuple[str, str, Callable[[str, Row], bool], Callable[[Row], float | None], float]] = [
     (
         "train_step",
@@ -82,6 +93,46 @@ TARGETS: list[tuple[str, str, Callable[[str, Row], bool], Callable[[Row], float 
         lambda row: row["memory"],
         1 / 6,
     ),
+    (
+        "trunk",
+        "LoRA in the top half with kept states against full fine-tuning: at most 0.40",
+        lambda name, row: True,
+        lambda row: row["kept_of_full"],
+        0.4,
+    ),
+    *(
+        (
+            "mixed_batch",
+            f"{part} with {what} against the bare base, {dtype}: at most {limit}",
+            functools.partial(_is, part, adapters, dtype),
+            lambda row: row["of_base"],
+            limit,
+        )
+        for part, what, adapters, dtype, limit in (
+            ("decode", "16 or 64 adapters", ("16", "64", "16, ranks 4 to 32"), "fp32", 1.35),
+            ("decode", "16 or 64 adapters", ("16", "64", "16, ranks 4 to 32"), "bf16", 1.6),
+            ("prefill", "16 or 64 adapters", ("16", "64", "16, ranks 4 to 32"), "fp32", 1.15),
+            ("prefill", "16 or 64 adapters", ("16", "64", "16, ranks 4 to 32"), "bf16", 1.15),
+            ("decode of one row", "DoRA", ("DoRA",), "fp32", 1.4),
+            ("decode of one row", "DoRA", ("DoRA",), "bf16", 1.4),
+        )
+    ),
+    (
+        "mixed_batch",
+        "64 adapters against peft's adapter_names: at most 1/3 of its time",
+        lambda name, row: str(row.get("case", "")).endswith(", 64"),
+        lambda row: 1 / row["peft_of_graft"],
+        1 / 3,
+    ),
+    (
+        "mixed_batch",
+        "loading one adapter more, ms: at most 20",
+        lambda name, row: row["case"] == "loading, graft",
+        lambda row: max(row["first"], row["last"]),
+        20,
+    ),
+    ("startup", "import graft, s: at most 0.3", lambda name, row: "import graft" in name, _seconds, 0.3),
+    ("startup", "graft --help, s: at most 0.5", lambda name, row: "--help" in name, _seconds, 0.5),
 ]
 
 

@@ -18,7 +18,7 @@ import graft
 from examples import perturb
 from graft.bank import bank_of
 from graft.base import load_tokenizer
-from graft.data.collate import Collator, check_packing, flatten
+from graft.data.collate import Collator, check_packing
 from graft.data.encode import Example
 from graft.data.rows import Row
 from graft.errors import ConfigError
@@ -395,9 +395,3 @@ def test_the_dry_run_takes_the_batch_of_most_tokens() -> None:
     schedule = Schedule([20, 1, 1, 9, 9, 9], batch_size=3, group=False)
     schedule.batches = [[0, 1, 2], [3, 4, 5]]
     assert schedule.longest() == [0, 1, 2] and schedule.longest(flat=True) == [3, 4, 5]
-
-
-def test_flattened_batches_say_their_texts() -> None:
-    batch = flatten(examples(4, 1, 6))
-    lengths = segments.lengths_of(None, {key: batch[key] for key in ("position_ids", "use_cache")})
-    assert lengths == (4, 1, 6) == tuple(length for _, length in batch["segments"])
