@@ -101,7 +101,7 @@ OPTIONS = {
     "quickstart": {"--output", "--steps", "--fresh"},
     "describe": {"--adapter", "--json"},
     "data": {"--json"},
-    "train": {"--fresh"},
+    "train": {"--fresh", "--profile"},
     "evaluate": {"--data", "--adapter", "--metrics", "--column", "--split", "--limit", "--template", "--batch-size"}
     | {"--max-new-tokens", "--no-base", "--truncate", "--answers", "--precision", "--device", "--json"},
     "chat": {"--adapter", "--system", "--max-new-tokens", "--temperature", "--precision", "--device"},
