@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft import roles
 from graft.errors import SiteError
-from graft.fast import segments
+from graft.fast import segments, short
 from graft.fast.segments import Segments
 from graft.hooks import Tap
 from graft.method import AttentionDelta
@@ -92,16 +92,17 @@ def through(kind: str) -> Callable[..., Result]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Result:
+        if isinstance(attention_mask, Segments) and torch.compiler.is_compiling():
+            return uncompiled(module, query, key, value, attention_mask, **options)
         seat: Seat | None = module.__dict__.get("_graft_seat")
         inner = _inner(module, kind)
         if seat is None or seat.bank.asleep:
-            if not isinstance(attention_mask, Segments):
-                return inner(module, query, key, value, attention_mask, **options)
             return _run(inner, AttentionCall(module, query, key, value, attention_mask, 0, options))
         seat.bank.visit(seat.path)
         call = AttentionCall(module, query, key, value, attention_mask, seat.bank.past, options, **seat.read())
         return _attend(seat, call, lambda c: _run(inner, c))
 
+    uncompiled = torch.compiler.disable(attention)  # the texts of each batch would make another graph
     return attention
 
 
@@ -116,6 +117,8 @@ def _run(inner: Callable[..., Result], call: AttentionCall) -> Result:
         if inner is ALL_ATTENTION_FUNCTIONS["sdpa"] and segments.takes_varlen(call):
             return segments.varlen(call)
         return by_text(call, lambda one: _run(inner, one))
+    if inner is ALL_ATTENTION_FUNCTIONS["sdpa"] and short.takes(call):
+        return short.attention(call)
     return inner(call.module, call.query_BHTD, call.key_BKSD, call.value_BKSD, call.mask, **call.options)
 
 

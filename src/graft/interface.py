@@ -1,7 +1,8 @@
 """Where our functions stand in transformers' attention interface, and since when.
 
 An attention-level delta brings a seat at its module and, with the first one, our functions; so does the first packed
-row, whose texts then attend one by one. They go with the last seat, and all of them with the last adapter.
+row, whose texts then attend one by one, and the first forward that `fast.short` may serve. They go with the last seat,
+and all of them with the last adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from graft import roles
 from graft.attend import PREFIX, TAKEN, Seat, check, through
 from graft.errors import SiteError
-from graft.fast import segments
+from graft.fast import segments, short
 from graft.hooks import Tap
 from graft.method import AttentionDelta
 from graft.roles import Site
@@ -86,15 +87,17 @@ def install(model: nn.Module, bank: Bank) -> None:
 def begin(bank: Bank, module: nn.Module, inputs: dict[str, Any], *, root: bool) -> None:
     """Note the texts of a packed forward: attention then runs text by text, in every model whose attention can.
 
-    Our functions stay from the first such forward until the last adapter goes: a recompute needs them too.
+    Our functions stay from the first such forward, or the first one that `fast.short` may serve, until the last adapter
+    goes: a recompute needs them too.
     """
     if torch.compiler.is_compiling():
         return
     lengths = segments.lengths_of(getattr(module, "config", None), inputs)
-    if root and lengths is not None and bank.by_text is None:
-        bank.by_text = runs_by_text(module)
-    if root and lengths is not None and bank.by_text:
-        install(module, bank)
+    if root and (lengths is not None or short.may(module)):
+        if bank.by_text is None:
+            bank.by_text = runs_by_text(module)
+        if bank.by_text:
+            install(module, bank)
     segments.NOW.lengths = lengths if bank.by_text and bank.attention else None
 
 

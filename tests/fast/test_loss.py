@@ -29,6 +29,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 5 rows, so that each batch has several and a last one that is not full."""
     monkeypatch.setattr(cross_entropy, "LEAST_ROWS", 5)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 1000)
 
 
 def attached(kind: str, method: Any = None, dtype: torch.dtype = torch.float32, **config: Any) -> Any:

@@ -29,6 +29,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from transformers.pytorch_utils import Conv1D
 
+from graft.fast.products import linear
+
 LINEARS = (nn.Linear, Conv1D)
 _on = True
 
@@ -100,41 +102,43 @@ class _Sum(torch.autograd.Function):
     ) -> Tensor:
         (y,) = own  # in a list: the graph that the base's own operation made for it is not this node's
         read = x if dropped is None else dropped
-        h_NR = _flat(read) @ A.to(y.dtype).T
-        _flat(y).addmm_(h_NR, (B * scale).to(y.dtype).T)
+        # B lies turned, since its products with h and with gy are the faster ones so.
+        a_RI, b_RO = A.to(y.dtype), (B * scale).to(y.dtype).T.contiguous()
+        h_NR = _flat(read) @ a_RI.T
+        _flat(y).addmm_(h_NR, b_RO)
         needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.scale, ctx.apart = scale, dropped is not None
-        ctx.save_for_backward(
-            read if needs_A else None, h_NR if needs_B else None, weight_OI if needs_x else None, A, B
-        )
+        kept = (read if needs_A else None, h_NR if needs_B else None, weight_OI if needs_x else None)
+        ctx.save_for_backward(*kept, A, B, a_RI, b_RO)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gy,) = gradients
-        read, h_NR, weight_OI, A, B = ctx.saved_tensors
+        read, h_NR, weight_OI, A, B, a_RI, b_RO = ctx.saved_tensors
         needs_x, needs_dropped, needs_A, needs_B, *_ = ctx.needs_input_grad
-        gy_NO = _flat(gy)
-        a, shape = A.to(gy.dtype), (*gy.shape[:-1], A.shape[1])
-        k_NR = gy_NO @ (B * ctx.scale).to(gy.dtype)
+        if torch.is_grad_enabled():  # a second derivative goes through A and B themselves
+            a_RI, b_RO = A.to(gy.dtype), (B * ctx.scale).to(gy.dtype).T
+        gy_NO, shape = _flat(gy), (*gy.shape[:-1], A.shape[1])
+        k_NR = gy_NO @ b_RO.T
         gx = gdropped = gA = gB = None
         if needs_x:
             gx = through_base(gy_NO, weight_OI)
-            gx = (gx if ctx.apart else gx.addmm_(k_NR, a)).view(shape)
+            gx = (gx if ctx.apart else gx.addmm_(k_NR, a_RI)).view(shape)
         if needs_dropped:
-            gdropped = (k_NR @ a).view(shape)
+            gdropped = (k_NR @ a_RI).view(shape)
         if needs_A:
             gA = (k_NR.T @ _flat(read)).to(A.dtype)
         if needs_B:
             if torch.is_grad_enabled():
-                h_NR = _again(read, a)
+                h_NR = _again(read, a_RI)
             gB = (h_NR.T @ gy_NO).T.to(B.dtype) * ctx.scale  # so the product reads gy in its own order
         return gx, gdropped, gA, gB, None, None, None
 
 
 def through_base(gy_NO: Tensor, weight_OI: Tensor) -> Tensor:
     """The frozen linear's own part of a gradient (N, I); by itself, so that a profile can tell it from the pair's."""
-    return gy_NO @ weight_OI
+    return linear(gy_NO, weight_OI.T)
 
 
 def _again(read: Tensor | None, a: Tensor) -> Tensor:
