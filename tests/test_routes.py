@@ -69,8 +69,9 @@ def test_segments_of_another_length_are_an_error() -> None:
     model = model_with("a")
     with pytest.raises(graft.RouteError, match="segments have 5 tokens"), graft.route(model, segments=[("a", 5)]):
         model(input_ids=torch.arange(5, 11)[None])
-    with pytest.raises(graft.RouteError, match="segments have 9 tokens"), graft.route(
-        model, segments=[("a", 5), (None, 4)]
+    with (
+        pytest.raises(graft.RouteError, match="segments have 9 tokens"),
+        graft.route(model, segments=[("a", 5), (None, 4)]),
     ):
         model(input_ids=torch.arange(5, 11)[None])
 

@@ -121,6 +121,13 @@ def attach(
     if bank is not None and not isinstance(bank, Bank):
         raise ConfigError(f"model.adapters is taken by a {type(bank).__name__}; Graft needs that name")
     _check(bank, method, name)
+    with vocabulary.unchanged():
+        return _attached(model, bank, method, name, peft_compat, trainable)
+
+
+def _attached(
+    model: PreTrainedModel, bank: Bank | None, method: Method, name: str, peft_compat: bool, trainable: bool
+) -> Adapter:
     adapter = _made(model, method, name, peft_compat)
     adapter.train(model.training)
     if bank is None:

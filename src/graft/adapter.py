@@ -51,6 +51,7 @@ class Adapter(nn.Module):
         self.other: dict[str, Tensor] = {}
         self.note: str | None = None
         self.card: dict[str, Any] | None = None
+        self.ignored: set[str] = set()
         self.acting = False
         self.trains = False
         self.guided = False
@@ -133,7 +134,7 @@ class Adapter(nn.Module):
         """As `items`, with the name of the part that each delta belongs to."""
         for leaf in self.leaves:
             for path, site in leaf.sites.items():
-                yield leaf.name, site, leaf.at(path)
+                yield leaf.name, site, leaf.deltas[key_of(path)]  # type: ignore[misc]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The adapter's parameters; for a selection method those of the base that it trains."""

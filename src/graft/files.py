@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from graft import files_disk, files_forms, files_lora, freeze, probe, roles
+from graft import files_disk, files_forms, files_lora, freeze, probe, roles, vocabulary
 from graft.adapt import attach, detach
 from graft.adapter import Adapter
 from graft.bank import bank_of, known
@@ -27,6 +27,7 @@ from graft.files_disk import CARD, CONFIG, TENSORS
 from graft.forms import targets
 from graft.forms.base import Slot, Unheld
 from graft.method import Expanded, Method, from_dict
+from graft.methods import lora_init
 
 log = logging.getLogger("graft")
 
@@ -119,13 +120,17 @@ def load(
     """
     if check not in CHECKS:
         raise ConfigError(f"check is one of {', '.join(CHECKS)}, not {check!r}")
-    folder = files_disk.find(Path(folder))
+    with vocabulary.unchanged():
+        return _loaded(model, files_disk.find(Path(folder)), name, trainable, check)
+
+
+def _loaded(model: nn.Module, folder: Path, name: str | None, trainable: bool, check: str) -> Adapter:
     config, card = read_config(folder), read_card(folder)
     tensors = files_disk.read_tensors(folder, card)
     method, peft_compat, own = _method(model, folder, config, card)
     note = _check_base(model, folder, card, check) or _other_name(model, config, card)
     name = folder.resolve().name if name is None else name
-    with probe.random_kept(model):
+    with probe.random_kept(model), lora_init.filled():
         try:
             adapter = attach(model, _blank(method), name, peft_compat=peft_compat, trainable=trainable)
         except SiteError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -132,7 +133,8 @@ def read_tensors(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
     """Refuse NaN and infinity, by the tensor's name."""
     for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        # What is not finite makes its sum so; looking at each value takes twenty times as long.
+        if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             raise AdapterFileError(f"{where}: {key} has values that are not finite; nothing is taken from it")
 
 

@@ -23,6 +23,11 @@ CUT = ":cut"
 """The name of the hooks in front of the stacks."""
 ABOVE = ("head", "norm.final", "pooler")
 """Roles outside of all blocks that stand above them."""
+LAYERDROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+Stacks = dict[str, list[tuple[str, nn.Module]]]
+ASKS_GRADIENT = "has_relative_attention_bias"
+"""What T5's attention has. It checkpoints nothing, but where it is told of checkpointing it asks a gradient of its own
+zero bias, for the reentrant kind; so a graph would begin in blocks that are frozen."""
 
 
 class StartHook(BarrierHook):
@@ -61,10 +66,13 @@ def thaw(model: nn.Module, bank: Bank) -> None:
     for name, parameter in model.named_parameters():
         if name in bank.flags:
             parameter.requires_grad_(bank.flags[name])
+    checkpoints: Any = any(module.gradient_checkpointing for module in bank.checkpointed)
     for module in model.modules():
         inner = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(inner, Replayed):
             module._gradient_checkpointing_func = inner.inner  # type: ignore[assignment]
+            if hasattr(module, ASKS_GRADIENT):
+                module.gradient_checkpointing = checkpoints
 
 
 def replay_checkpoints(bank: Bank) -> None:
@@ -79,6 +87,8 @@ def replay_checkpoints(bank: Bank) -> None:
                 'enable it with {"use_reentrant": False}'
             )
         module._gradient_checkpointing_func = Replayed(bank, inner)  # type: ignore[assignment]
+        if hasattr(module, ASKS_GRADIENT):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def ignore_on_save(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
@@ -90,9 +100,11 @@ def ignore_on_save(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     name = adapter.name.partition("/")[0]
     prefix = f"adapters.held.{key_of(name)}."
-    kept = {key for key in ignored or () if key != "adapters." and not key.startswith(prefix)}
-    if name in bank:
-        kept |= {f"{prefix}{key}" for key in bank[name].state_dict()}
+    stays = name in bank
+    whole = bank[name] if stays else adapter
+    kept = set(ignored or ()) - whole.ignored - {"adapters."}
+    whole.ignored = {f"{prefix}{key}" for key in whole.state_dict()} if stays else set()
+    kept |= whole.ignored
     # One key more than there are: a Trainer that loads such a checkpoint then warns that the adapters are not in it.
     new: Any = kept | ({"adapters."} if any(key.startswith("adapters.") for key in kept) else set())
     if new or ignored is not None:
@@ -102,8 +114,7 @@ def ignore_on_save(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
 def drops_layers(model: nn.Module) -> bool:
     """Whether a training forward may skip whole layers at random."""
     config = getattr(model, "config", None)
-    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-    return model.training and any(getattr(config, name, 0) for name in names)
+    return model.training and any(getattr(config, name, 0) for name in LAYERDROPS)
 
 
 def claim(model: nn.Module, bank: Bank, adapter: Adapter, trainable: bool) -> None:
@@ -133,24 +144,51 @@ def start(model: nn.Module, bank: Bank, adapter: Adapter) -> None:
     through all frozen blocks: so it is cut in front of the first block of each stack, and once more where the adapter
     starts, for what goes past the blocks.
     """
-    found = list(roles.blocks(model).values())
+    stacks = roles.blocks(model)
+    found = list(stacks.values())
+    if not all(found) or not found:
+        return
     config: Any = model.config
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    layers = [site.layer for site in adapter.sites.values() if site.role not in ABOVE]
-    if not layers or None in layers or not all(found):
+    first = first_block(model, adapter, stacks)
+    if len(found) != 1 or len(found[0]) != depth:
+        first = min(first, 0)  # two stacks meet in every layer, and a block that runs many times has nothing below it
+    for each in (adapter, *adapter.leaves):
+        each.starts = first
+    if CUT in bank.handles and not 0 < first < depth:
         return
     embedded = [p for site in roles.sites(model) if site.role in EMBEDDED for p in site.module.parameters()]
     if CUT not in bank.handles:
         for blocks in found:
             _cut(bank, CUT, blocks[0][1], 0, embedded)
-    first = min(layer for layer in layers if layer is not None)
-    if len(found) != 1 or len(found[0]) != depth:
-        first = 0  # two stacks meet in every layer, and a block that runs many times has nothing below it
-    for each in (adapter, *adapter.leaves):
-        each.starts = first
-    if first:
+    if 0 < first < depth:
         below = embedded + [p for _, block in found[0][:first] for p in block.parameters()]
         _cut(bank, f":barrier:{adapter.name}", found[0][first][1], first, below)
+
+
+def first_block(model: nn.Module, adapter: Adapter, stacks: Stacks | None = None) -> int:
+    """The first block that an adapter acts in, counted through the stacks, an encoder's blocks before a decoder's.
+
+    Args:
+        stacks: the model's `roles.blocks`, where they are at hand.
+
+    Returns:
+        Its index; -1 where the adapter acts below all blocks, their number where above.
+    """
+    stacks = roles.blocks(model) if stacks is None else stacks
+    paths = [f"{path}." for stack in stacks.values() for path, _ in stack]
+    names = [f"{name}." for name in (*(site.path for site in adapter.sites.values()), *adapter.selected)]
+    inside = [next((i for i, path in enumerate(paths) if name.startswith(path)), None) for name in names]
+    found = [i for i in inside if i is not None]
+    outside = [name for name, i in zip(names, inside, strict=True) if i is None]
+    above = [site for site in roles.sites(model) if site.role in ABOVE] if outside else []
+    for name in outside:
+        site = next((site for site in above if name.startswith(f"{site.path}.")), None)
+        if site is None:
+            found.append(-1)
+        elif len(stacks) > 1 and site.stack == "encoder":
+            found.append(len(stacks["encoder"]) - 1)  # the encoder's last norm is below the decoder's blocks
+    return min(found, default=len(paths))
 
 
 def _cut(bank: Bank, name: str, block: nn.Module, layer: int, below: list[nn.Parameter]) -> None:

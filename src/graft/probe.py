@@ -89,8 +89,9 @@ def precision(model: nn.Module) -> str:
     modules = roles.modules_of_base(model).values()
     if any(quantized(module) for module in modules):
         return "quantized"
-    dtypes = [p.dtype for module in modules for p in module.parameters(recurse=False) if p.is_floating_point()]
-    return PRECISIONS.get(dtypes[0], "fp32") if dtypes else "fp32"
+    floating = (p for module in modules for p in module.parameters(recurse=False) if p.is_floating_point())
+    first = next(floating, None)
+    return "fp32" if first is None else PRECISIONS.get(first.dtype, "fp32")
 
 
 def probe(model: nn.Module, entry: Any) -> dict[str, Any] | None:
@@ -301,7 +302,7 @@ def _sample(tensor: Tensor) -> str:
     if tensor.is_meta or not count or hasattr(tensor, "device_mesh"):
         return shape
     places = torch.tensor([count * (2 * k + 1) // (2 * SAMPLES) for k in range(SAMPLES)], device=tensor.device)
-    values = tensor.reshape(-1)[places].float().tolist()
+    values = tensor.reshape(-1).index_select(0, places).float().tolist()
     return " ".join([shape, *(str(_short(value)) for value in values)])
 
 

@@ -66,8 +66,9 @@ class Site:
         return "encoder" if "encoder" in self.path.split(".") else "decoder"
 
 
+@vocabulary.once
 def sites(model: nn.Module, *, unnamed: bool = False) -> list[Site]:
-    """Every module that has a role, in the order of `named_modules`; works on the meta device, caches nothing.
+    """Every module that has a role, in the order of `named_modules`; works on the meta device.
 
     Args:
         model: any transformers model; the bank inside it is skipped.
@@ -80,10 +81,10 @@ def sites(model: nn.Module, *, unnamed: bool = False) -> list[Site]:
     found = []
     for path, module in modules.items():
         role = roles.get(path)
-        known = is_linear(module) or (is_embedding(module) and not path.endswith(vocabulary.UNBATCHED))
-        known = known or (kind_of(module) == "norm" and vocabulary.HEAD_INSIDE.match(path) is not None)
-        if role is None and unnamed and known:
-            role = OTHER
+        if role is None and unnamed:
+            known = is_linear(module) or (is_embedding(module) and not path.endswith(vocabulary.UNBATCHED))
+            known = known or (kind_of(module) == "norm" and vocabulary.HEAD_INSIDE.match(path) is not None)
+            role = OTHER if known else None
         if role is not None:
             found.append(Site(path, role, layer_of(path, modules), module, *_sizes(module, hidden)))
     return found
@@ -149,10 +150,7 @@ def fits(site: Site, targets: Targets) -> bool:
     """Whether one site answers for `targets`: roles and module names, or one regex for the whole path."""
     if isinstance(targets, str) and targets not in _ENTRIES:
         return re.fullmatch(targets, site.path) is not None
-    return any(
-        (entry in _ENTRIES and _role_fits(site.role, entry)) or _name_fits(site.path, entry)
-        for entry in _entries(targets)
-    )
+    return any((e in _ENTRIES and _role_fits(site.role, e)) or _name_fits(site.path, e) for e in _entries(targets))
 
 
 def peft_scaled(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -191,6 +189,7 @@ def norm_order(model: nn.Module) -> Literal["pre", "post"]:
     return "pre" if before else "post"
 
 
+@vocabulary.once
 def modules_of_base(model: nn.Module) -> dict[str, nn.Module]:
     """The base's modules by path, the model itself as ""; the bank is not walked, however many adapters it has."""
     return dict(model.named_modules({model._modules.get(BANK)}))  # type: ignore[arg-type]

@@ -7,11 +7,14 @@ class.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -203,6 +206,35 @@ def name_roles(
 
 
 _NAMED: dict[Any, dict[str, str]] = {}
+_FOUND: ContextVar[dict[Any, Any] | None] = ContextVar("_FOUND", default=None)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Inside, no base gains, loses or replaces a module: what `once` finds in one holds until the end of the block."""
+    token = _FOUND.set({} if _FOUND.get() is None else _FOUND.get())
+    try:
+        yield
+    finally:
+        _FOUND.reset(token)
+
+
+def once(find: Callable[P, T]) -> Callable[P, T]:
+    """Decorate what finds a list or dict of modules in a model: inside of `unchanged` it looks one time only."""
+
+    @functools.wraps(find)
+    def found(*args: P.args, **kwargs: P.kwargs) -> T:
+        kept = _FOUND.get()
+        if kept is None:
+            return find(*args, **kwargs)
+        key = find, args, *kwargs.items()
+        if key not in kept:
+            kept[key] = find(*args, **kwargs)
+        return copy.copy(kept[key])
+
+    return found
 
 
 def _name_roles(

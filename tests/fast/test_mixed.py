@@ -20,6 +20,7 @@ RANKS = (2, 4, 16, 3)
 ROWS: list[Any] = ["a0", "a1", None, "a2", "a0", {"a0": 0.5, "a1": -1.5}, "a3", ("a1", "a2"), "a0"]
 EVEN: list[Any] = ["a0", "a0", "a1", "a1", "a2", "a2"]
 ALONE: list[Any] = ["a3", "a2", "a1", "a0"]
+TURNS: list[Any] = ["a0", "a1", "a2", "a3"] * 2
 
 
 def filled(arch: str = "llama", dtype: torch.dtype = torch.float32, trainable: bool = False) -> PreTrainedModel:
@@ -68,7 +69,7 @@ def test_each_form_equals_the_loop_and_each_row_its_own_run(arch: str, rows: lis
     with mixed.prefer(form):
         found = [run(model, rows, tokens, **more) for _ in range(2)]
         assert len(kept(model)) > 0
-    near = {"atol": 2e-5 * max(1.0, float(expected.abs().max())), "rtol": 1e-4}
+    near: dict[str, Any] = {"atol": 2e-5 * max(1.0, float(expected.abs().max())), "rtol": 1e-4}
     torch.testing.assert_close(found[0], expected, **near)
     assert torch.equal(found[1], found[0])
     for i, row in enumerate(rows):
@@ -77,15 +78,31 @@ def test_each_form_equals_the_loop_and_each_row_its_own_run(arch: str, rows: lis
         torch.testing.assert_close(found[0][i], alone, **near)
 
 
-@pytest.mark.parametrize("rows", [ROWS, ALONE], ids=["mixed", "alone"])
+@pytest.mark.parametrize("rows", [ROWS, ALONE, TURNS, sorted(TURNS)], ids=["mixed", "alone", "turns", "sorted"])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_bf16_equals_the_loop_to_its_rounding(rows: list[Any], tokens: int) -> None:
-    """Rows that have an adapter of their own are computed in fp32 there, so they come nearer to fp32 than the loop."""
+    """The median over tokens: there are some that any rounding moves far, the loop's as well."""
     model, batch = filled(dtype=torch.bfloat16), ids(len(rows), tokens)
     found, loop = run(model, rows, batch).float(), looped(model, rows, batch).float()
-    exact = run(filled(), rows, batch)
-    assert (found - exact).abs().max() <= 1.5 * (loop - exact).abs().max()
+    exact = run(filled(dtype=torch.bfloat16).float(), rows, batch)
+    errors = [(each - exact).norm(dim=-1).median() for each in (found, loop)]
+    assert errors[0] <= 1.2 * errors[1]
     torch.testing.assert_close(found, loop, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize("rows", [ALONE, TURNS], ids=["alone", "turns"])
+def test_what_is_kept_in_bf16_serves_one_token_and_many_and_is_made_anew(rows: list[Any]) -> None:
+    model, shapes = filled(dtype=torch.bfloat16), (5, 1)
+    before = [run(model, rows, ids(len(rows), tokens)) for tokens in shapes]
+    for tokens, expected in zip(shapes, before, strict=True):
+        assert torch.equal(run(model, rows, ids(len(rows), tokens)), expected)
+    write(model)
+    for tokens, old in zip(shapes, before, strict=True):
+        batch = ids(len(rows), tokens)
+        found = run(model, rows, batch)
+        torch.testing.assert_close(found, looped(model, rows, batch), atol=0.2, rtol=0.1)
+        changed = [not torch.equal(mine, theirs) for mine, theirs in zip(found, old, strict=True)]
+        assert changed == [row == "a1" for row in rows]
 
 
 def test_rows_of_the_base_are_the_bare_base_bit_for_bit(model: PreTrainedModel) -> None:
@@ -241,6 +258,18 @@ def test_gradients_of_the_stacked_form_equal_the_loop() -> None:
     assert len(found[0]) == 4 * 14 * 2
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_of_rows_in_turns_equal_the_loop_in_bf16_to_its_rounding() -> None:
+    tokens, found = ids(len(TURNS)), []
+    for form, dtype in (("stacked", torch.bfloat16), ("loop", torch.bfloat16), ("loop", torch.float32)):
+        model = filled(dtype=torch.bfloat16, trainable=True).to(dtype)
+        with mixed.prefer(form), graft.route(model, TURNS):
+            model(input_ids=tokens).logits.float().square().mean().backward()
+        gradients = [p.grad.float().flatten() for a in model.adapters for p in a.parameters() if p.grad is not None]
+        found.append(torch.cat(gradients))
+    stacked, loop, exact = found
+    assert 0 < (stacked - loop).norm() <= (loop - exact).norm() < 0.6 * exact.norm()
 
 
 @pytest.mark.parametrize("counts", [(1,), (4, 4, 4), (49, *[1] * 15), (64, 1), (3, 5, 2, 7)])

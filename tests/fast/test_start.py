@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, Any, list[tuple[str, int]]]] = {
         graft.LoRA(rank=2, targets=r"model\.decoder\..*\.v_proj"),
         [("decoder", 0), ("decoder", 1)],
     ),
+    "t5_top_of_decoder": ("t5", graft.LoRA(rank=2, targets=r"decoder\.block\.1\..*\.(q|v)"), [("decoder", 1)]),
     "bart_top": ("bart", graft.LoRA(rank=2, layers=1), [("encoder", 1), ("decoder", 0), ("decoder", 1)]),
 }
 

@@ -13,7 +13,8 @@ there. Other devices have not been measured; `prefer` takes another form.
 
 A and B are gathered once for a route and kept while it lasts: the tables of the last route of each bank, in the dtype
 of the activations, at most one A and B for each row. On CPU, where one row has a delta of its own, they are kept in
-fp32: its batched product is the faster one there, for bf16 activations too.
+fp32: its batched product of one token a row is the faster one there, for bf16 activations too. The first forward with
+more tokens a row keeps them in bf16 beside.
 Kept are only frozen adapters' tables, in eval mode, without gradients; they are made anew when a tensor that they come
 from has been written to (torch's version counter; it misses writes into `.data`), replaced, moved or cast, when a dial
 was set, a delta put into training mode, or an adapter attached or detached. Looking at thousands of tensors takes as
@@ -46,8 +47,9 @@ TRAIN_FROM = 3
 """Groups in a batch from which training stacks; a loop keeps less for the backward."""
 PIECE = 2
 """What reading A and B for one more piece costs, in rows."""
-WASTE = 1.5
-"""Padded over real ranks, above which ranks are stacked apart."""
+WASTE, WASTE_LOW = 1.5, 3.0
+"""Padded over real ranks, above which ranks are stacked apart; in 16 bit, where products cost more than what they read,
+for pieces of several rows."""
 PLANS = 64
 """How many plans a route keeps: one for each set of rows that some site has deltas for."""
 ALIGNED = 8
@@ -122,7 +124,7 @@ class Table:
         self.held = [tensor.detach() for tensor in self.now]  # so that no other tensor gets their addresses
         pairs = [(*_pair(delta, weight), rows) for delta, weight, rows in parts]
         self.sums: list[_Grouped | _Stacked] = []
-        for some in _by_rank(pairs):
+        for some in _by_rank(pairs, x.dtype):
             aligned = all(size % ALIGNED == 0 for size in (some[0][0].shape[1], len(some[0][1])))
             take_grouped = _form == "grouped" and aligned
             self.sums.append(_Grouped(some, x) if take_grouped else _Stacked(some, x, plans))
@@ -154,8 +156,8 @@ class Table:
             y = y.clone(memory_format=torch.contiguous_format)
         x_NTI, y_NTO = _three(x), _three(y)
         for each in self.sums:
-            each.add(x_NTI, y_NTO)
-        return y
+            y_NTO = each.add(x_NTI, y_NTO)
+        return y_NTO.view(y.shape)
 
 
 class Tables(dict[str, Table]):
@@ -222,6 +224,9 @@ class _Plan:
         fits = len(self.rows) == size and self.real is None and not torch.compiler.is_compiling()
         self.whole = fits and torch.equal(self.rows, torch.arange(size, device=device))
         """Whether the places are the rows of the batch, one after the other."""
+        every = fits and not self.whole and torch.equal(self.rows.sort().values, torch.arange(size, device=device))
+        self.back = self.rows.argsort() if every else None
+        """Each row's place, if each row of the batch has just one; else None."""
 
 
 def _plan(rows: list[Tensor], size: int, plans: dict[Any, _Plan]) -> _Plan:
@@ -243,24 +248,38 @@ class _Stacked:
             A_KRI, B_KOR = A_KRI[plan.owner], B_KOR[plan.owner]
         # In these layouts CPUs read A and B at memory speed for one row, in no other.
         self.A_PIR, self.B_PRO = A_KRI.transpose(1, 2).contiguous(), B_KOR.transpose(1, 2)
+        self.low: tuple[Tensor, Tensor] | None = None
+        """Both in the dtype of the activations, for more than one token a row, where they are kept in fp32."""
 
-    def add(self, x_NTI: Tensor, y_NTO: Tensor) -> None:
-        A_PIR, B_PRO, plan = self.A_PIR, self.B_PRO, self.plan
-        many = plan.length * x_NTI.shape[1]
-        if many > 1 and A_PIR.dtype != x_NTI.dtype:
-            A_PIR, B_PRO = A_PIR.to(x_NTI.dtype), B_PRO.to(x_NTI.dtype)
+    def factors(self, dtype: torch.dtype, many: int) -> tuple[Tensor, Tensor]:
+        """A (P, I, R) and B (P, R, O) for pieces of so many tokens of this dtype."""
+        if many == 1 or self.A_PIR.dtype == dtype:
+            return self.A_PIR, self.B_PRO
+        if self.low is None:
+            self.low = self.A_PIR.to(dtype), self.B_PRO.to(dtype)
+        return self.low
+
+    def add(self, x_NTI: Tensor, y_NTO: Tensor) -> Tensor:
+        plan, many = self.plan, self.plan.length * x_NTI.shape[1]
+        A_PIR, B_PRO = self.factors(x_NTI.dtype, many)
         picked = x_NTI if plan.whole else x_NTI.index_select(0, plan.gather)
         x_PMI = picked.reshape(len(A_PIR), many, -1).to(A_PIR.dtype)
         h_PMR = torch.bmm(x_PMI, A_PIR)
-        if plan.whole and h_PMR.dtype == B_PRO.dtype == y_NTO.dtype:
+        plain = h_PMR.dtype == B_PRO.dtype == y_NTO.dtype
+        if plan.whole and plain:
             y_NTO.view(len(A_PIR), many, -1).baddbmm_(h_PMR, B_PRO)
-            return
+            return y_NTO
+        if plan.back is not None and plain and y_NTO.dtype in LOW and many > 1:
+            sorted_NTO = y_NTO.index_select(0, plan.gather)
+            sorted_NTO.view(len(A_PIR), many, -1).baddbmm_(h_PMR, B_PRO)
+            return sorted_NTO.index_select(0, plan.back)
         up = torch.bmm(h_PMR, B_PRO).to(y_NTO.dtype)
         up_NTO = up.view(-1, *y_NTO.shape[1:])
         if plan.whole:
             y_NTO += up_NTO
         else:
             y_NTO.index_add_(0, plan.rows, up_NTO if plan.real is None else up_NTO.index_select(0, plan.real))
+        return y_NTO
 
 
 class _Grouped:
@@ -271,11 +290,11 @@ class _Grouped:
         A_KRI, B_KOR = _padded(pairs, x.dtype, ALIGNED)
         self.A_KIR, self.B_KRO = A_KRI.transpose(1, 2).contiguous(), B_KOR.transpose(1, 2).contiguous()
 
-    def add(self, x_NTI: Tensor, y_NTO: Tensor) -> None:
+    def add(self, x_NTI: Tensor, y_NTO: Tensor) -> Tensor:
         ends = self.ends_K * x_NTI.shape[1]
         x = x_NTI.index_select(0, self.rows).flatten(0, 1)
         up = F.grouped_mm(F.grouped_mm(x, self.A_KIR, offs=ends), self.B_KRO, offs=ends)
-        y_NTO.index_add_(0, self.rows, up.view(-1, *y_NTO.shape[1:]).to(y_NTO.dtype))
+        return y_NTO.index_add_(0, self.rows, up.view(-1, *y_NTO.shape[1:]).to(y_NTO.dtype))
 
 
 def _length(counts: tuple[int, ...]) -> int:
@@ -284,10 +303,13 @@ def _length(counts: tuple[int, ...]) -> int:
     return min(lengths, key=lambda m: sum(-(-count // m) for count in counts) * (m + PIECE))
 
 
-def _by_rank(pairs: list[tuple[Tensor, Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+def _by_rank(
+    pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype
+) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """The pairs together, or by the next power of two of their ranks where padding would waste much."""
     ranks = [len(A) for A, _, _ in pairs]
-    if max(ranks) * len(ranks) <= WASTE * sum(ranks):
+    long = _length(tuple(len(rows) for _, _, rows in pairs)) > 1
+    if max(ranks) * len(ranks) <= (WASTE_LOW if long and dtype in LOW else WASTE) * sum(ranks):
         return [pairs]
     found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for rank, pair in zip(ranks, pairs, strict=True):

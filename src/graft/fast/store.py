@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from graft.errors import ConfigError
 
 SHARD = 64 * 2**20
 """Bytes that are gathered before they are written as one file."""
@@ -22,19 +23,23 @@ class Store:
 
     Args:
         memory: bytes that may be kept in memory; None: no bound.
-        folder: for what memory does not hold, made when it is needed; None: nothing goes to disk.
+        folder: for what memory does not hold, made when it is needed; None: nothing goes to disk. Several stores, of
+            several processes too, may have the same one.
         disk: bytes that may be kept in the folder.
-        key: what the states are of; a folder that another key filled is emptied, one of the same key is taken up.
+        key: what the states are of; those of each key lie in a folder of their own inside, and are taken up.
     """
 
     def __init__(self, memory: int | None = None, folder: Path | None = None, disk: int = 0, key: str = "") -> None:
-        self.memory, self.folder, self.disk, self.key = memory, folder, disk, key
+        self.memory, self.disk = memory, disk
+        self.folder = None if folder is None else folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.kept: dict[bytes, Tensor] = {}
         self.waiting: dict[bytes, Tensor] = {}
         self.places: dict[bytes, Path] = {}
         self.in_memory = self.on_disk = self.unwritten = 0
-        if folder is not None:
-            self._open(folder)
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
+            with safe_open(path, "pt") as file:
+                self.places |= {bytes.fromhex(name): path for name in file.keys()}  # noqa: SIM118  not a dict
+            self.on_disk += path.stat().st_size
 
     def __len__(self) -> int:
         return len(self.kept) + len(self.waiting) + len(self.places)
@@ -50,8 +55,13 @@ class Store:
             return self.waiting[key]
         if key not in self.places:
             return None
-        with safe_open(self.places[key], "pt") as file:
-            return file.get_tensor(key.hex())
+        try:
+            with safe_open(self.places[key], "pt") as file:
+                return file.get_tensor(key.hex())
+        except FileNotFoundError:  # another store of this folder deleted it
+            gone = self.places[key]
+            self.places = {other: path for other, path in self.places.items() if path != gone}
+            return None
 
     def put(self, key: bytes, tensor: Tensor) -> bool:
         """Keep a tensor; False if there is no room left."""
@@ -76,8 +86,7 @@ class Store:
         if not self.waiting or self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "key").write_text(self.key, encoding="utf-8")
-        path = self.folder / f"{len(list(self.folder.glob('*.safetensors'))):06d}.safetensors"
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = path.with_suffix(".partial")
         save_file({key.hex(): tensor for key, tensor in self.waiting.items()}, partial)
         os.replace(partial, path)
@@ -85,24 +94,18 @@ class Store:
         self.waiting, self.unwritten = {}, 0
 
     def close(self, *, delete: bool = True) -> None:
-        """Let go of everything; the folder too, unless another run shall take it up."""
-        if not delete:
-            self.flush()
-        elif self.folder is not None:
+        """Let go of everything; the files too, or else write what memory holds as well, for stores to come."""
+        if delete and self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()  # only if nobody else has anything there
+        elif self.folder is not None:
+            kept, self.kept, self.memory = self.kept, {}, 0
+            for key, tensor in kept.items():
+                self.put(key, tensor)
+            self.flush()
         self.kept, self.waiting, self.places = {}, {}, {}
         self.in_memory = self.on_disk = self.unwritten = 0
-
-    def _open(self, folder: Path) -> None:
-        note = folder / "key"
-        if folder.is_dir() and any(folder.iterdir()) and not note.is_file():
-            raise ConfigError(f"{folder}: holds other files than kept states; name an empty folder")
-        if note.is_file() and note.read_text(encoding="utf-8") != self.key:
-            shutil.rmtree(folder)
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                self.places |= {bytes.fromhex(name): path for name in file.keys()}  # noqa: SIM118  not a dict
-            self.on_disk += path.stat().st_size
 
 
 def free_memory() -> int:
@@ -113,11 +116,10 @@ def free_memory() -> int:
         return 0
 
 
-def default_store(folder: Path | None, key: str, device: torch.device) -> Store:
-    """A store that takes a quarter of the free memory (of the device where states stay), and half of the free disk."""
+def room(folder: Path, device: torch.device) -> tuple[int, int]:
+    """A quarter of the free memory (of the device where states stay) and half of the free disk, in bytes."""
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else free_memory() // 4
-    disk = 0 if folder is None else shutil.disk_usage(_existing(folder)).free // 2
-    return Store(memory, folder, disk, key)
+    return memory, shutil.disk_usage(_existing(folder)).free // 2
 
 
 def _existing(folder: Path) -> Path:

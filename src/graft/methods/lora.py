@@ -198,6 +198,8 @@ class LoRADelta(Delta):
         self.waits = method.init in lora_init.OPTIONS
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
+        if lora_init.is_filled(method.init):
+            return
         if method.init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
         else:

@@ -18,9 +18,11 @@ Shape legend: B rows, T tokens, N rows of inputs, I in, O out, R rank, K compone
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -45,6 +47,22 @@ OPTIONS: dict[str, dict[str, float]] = {
 """The starts that need data, and their settings."""
 TAKEN_OFF = ("pissa", "olora", "lora_ga")
 """The starts whose product is taken off again."""
+_filled: ContextVar[bool] = ContextVar("_filled", default=False)
+
+
+@contextlib.contextmanager
+def filled() -> Iterator[None]:
+    """Inside, new pairs that would start at random start at zero: each of their values comes from a file."""
+    token = _filled.set(True)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
+
+
+def is_filled(init: str) -> bool:
+    """Whether a pair with this start is left at zero, for a file to fill."""
+    return init in RANDOM and _filled.get()
 
 
 def check(name: str, init: str, options: Mapping[str, float], ranks: Sequence[int], alphas: Sequence[float]) -> None:

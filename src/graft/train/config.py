@@ -179,6 +179,8 @@ class TrainSettings(_Settings):
     trunk_cache: bool | None = None
     """Keep what frozen blocks below the adapter make of each text; None: where that saves time and changes no result.
     True: also where they have dropout, which is then off there."""
+    compile: bool = False
+    """torch.compile on the blocks, in training steps; the first one waits for the compiler."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as the base is; bf16: autocast over an fp32 base, where the device has bf16."""
 

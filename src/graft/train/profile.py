@@ -209,6 +209,11 @@ def page(found: Profile) -> str:
         f"| padding share | {found.padding_share:.1%} of the positions |",
         f"| labelled share | {labelled} |",
         f"| tokens in a step | {tokens / steps:,.0f} |",
+        *(
+            ["| train.compile | left out here: a compiled block has no parts to tell apart |"]
+            if run.train.compile
+            else []
+        ),
         "",
         "| part | s a step | share | | what it is |",
         "|---|---:|---:|---|---|",

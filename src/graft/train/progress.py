@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +44,12 @@ class Recorder(TrainerCallback):
         self.earlier = self.lines[-1]["seconds"] if self.lines else 0.0
         self.started = self.step_started = time.perf_counter()
         self.tokens, self.busy = 0, 0.0
+        self.took: list[float] = []
+
+    @property
+    def usual(self) -> float:
+        """Seconds of the median step since this start; 0 if there was none."""
+        return statistics.median(self.took) if self.took else 0.0
 
     @property
     def seconds(self) -> float:
@@ -58,7 +65,8 @@ class Recorder(TrainerCallback):
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.busy += time.perf_counter() - self.step_started
+        self.took.append(time.perf_counter() - self.step_started)
+        self.busy += self.took[-1]
         self.tokens += self.schedule.tokens(state.global_step - 1)
         if control.should_save:
             control.should_log = True  # so that the lines are the same whether a run was cut here or not

@@ -27,6 +27,7 @@ from graft.data.collate import Collator
 from graft.data.report import Report
 from graft.errors import ConfigError, TrainingError
 from graft.train import state as states
+from graft.train.compiled import Compiled
 from graft.train.config import Run
 from graft.train.folder import begin, begun, locked, place, undone, write_text
 from graft.train.plot import plot
@@ -103,7 +104,11 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         rows, times = _evaluations(run, data, schedule)
         with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder) as trainer.trunk:
+            if run.train.compile:
+                trainer.compiled = Compiled(model, () if trainer.trunk is None else trainer.trunk.modules)
             trainer.dry_run()
+            if trainer.compiled is not None:
+                trainer.compiled.first_pass(trainer.dry_run)
             if not resumed:
                 begin(run, folder, data)
             console.print(_headline(run, model, schedule), highlight=False, soft_wrap=True)
@@ -112,6 +117,8 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
             recorder = _fit(trainer, folder, schedule, console)
             if trainer.trunk is not None:
                 console.print(trainer.trunk.told, highlight=False, soft_wrap=True)
+            if trainer.compiled is not None:
+                console.print(_compiled(trainer.compiled, recorder), highlight=False, soft_wrap=True)
     return _finish(run, folder, model, data, trainer, recorder, console)
 
 
@@ -305,6 +312,9 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
     evaluated = [line for line in lines if "eval_loss" in line]
     step = trainer.state.global_step
     found: dict[str, float] = {"steps": step, "epochs": round(recorder.schedule.epoch(step), 4)}
+    if trainer.compiled is not None:
+        found["compile_seconds"] = round(trainer.compiled.seconds, 3)
+        found["step_seconds"] = round(recorder.usual, 4)
     if losses:
         found["loss"] = losses[-1]
         found["tokens_per_second"] = round(sum(speeds) / len(speeds), 1)
@@ -325,6 +335,10 @@ def _headline(run: Run, model: PreTrainedModel, schedule: Schedule) -> str:
         f"{run.method.name} on {run.base} ({dtype}, {model.device}): {trainable:,} values train beside {total:,}; "
         f"{schedule.steps:,} steps, {schedule.epoch(schedule.steps):.3g} epochs"
     )
+
+
+def _compiled(compiled: Compiled, recorder: Recorder) -> str:
+    return f"compiled in {compiled.seconds:.1f} s (the first pass); a step now takes {recorder.usual:.3g} s"
 
 
 def _summary(result: Result) -> str:

@@ -9,6 +9,7 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -26,6 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from graft.bank import bank_of
 from graft.errors import TrainingError
 from graft.train import state as states
+from graft.train.compiled import Compiled
 from graft.train.guards import enough_memory, trains_quantized
 from graft.train.loss import logits_head
 from graft.train.routed import COLUMNS, RoutedTrainer
@@ -55,6 +57,8 @@ class GraftTrainer(RoutedTrainer):
     """
 
     control: Any
+    compiled: Compiled | None = None
+    """Blocks that training steps run compiled."""
     _signature_columns: Any
 
     def __init__(
@@ -140,7 +144,8 @@ class GraftTrainer(RoutedTrainer):
         if not self.losses:
             self.before_step = states.random_states()
         self.batch = inputs
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with contextlib.nullcontext() if self.compiled is None else self.compiled.running():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
 

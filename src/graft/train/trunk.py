@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import ConfigError, SiteError
-from graft.fast.store import Store, default_store
+from graft.fast.store import Store, room
 from graft.fast.trunk import Trunk
 from graft.train.schedule import Schedule
 
@@ -42,7 +42,13 @@ class RunTrunk(Trunk):
 
 @contextlib.contextmanager
 def open_trunk(
-    model: Any, wanted: bool | None, schedule: Schedule, evaluation: Sequence[int], evaluations: int, folder: Path
+    model: Any,
+    wanted: bool | None,
+    schedule: Schedule,
+    evaluation: Sequence[int],
+    evaluations: int,
+    folder: Path,
+    shared: Path | None = None,
 ) -> Iterator[RunTrunk | None]:
     """The trunk of a run while it trains; None where there is none, or where it would save nothing.
 
@@ -53,6 +59,8 @@ def open_trunk(
         evaluation: tokens of each evaluation row.
         evaluations: how often they are evaluated.
         folder: of the run.
+        shared: a folder in which runs, one after the other or at once, find what others computed; it is left there.
+            None: states are the run's own and go when it ends.
 
     Raises:
         ConfigError: it is wanted and the model or the method has none.
@@ -64,22 +72,29 @@ def open_trunk(
     seen = {i for batch in schedule.batches for i in batch}
     once = sum(schedule.lengths[i] for i in seen) + sum(evaluation)
     often = sum(schedule.lengths[i] for batch in schedule.batches for i in batch) + evaluations * sum(evaluation)
-    key = f"{model.config.name_or_path} {model.dtype} {trunk.depth}"
-    store = default_store(folder / f"{FOLDER}{os.environ.get('RANK', '')}", key, model.device)
+    place = folder / f"{FOLDER}{os.environ.get('RANK', '')}" if shared is None else shared
+    memory, disk = room(place, model.device)
     needed = once * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    kept = min(1.0, ((store.memory or 0) + store.disk) / max(1, needed))
-    if not wanted and (1 - once / max(1, often)) * kept * trunk.depth / trunk.blocks < LEAST:
+    kept = min(1.0, (memory + disk) / max(1, needed))
+    if not (wanted or shared) and (1 - once / max(1, often)) * kept * trunk.depth / trunk.blocks < LEAST:
         yield None
         return
-    trunk.store = store
-    trunk.plan = (
-        f"{trunk.depth} of {trunk.blocks} blocks are frozen below the adapter: what they make of a text is kept "
-        f"({needed * kept / 1e6:,.0f} MB), so {often - once:,} of {often:,} tokens start above them"
-    )
+    trunk.store = Store(memory, place, disk, trunk.key)
+    trunk.plan = _plan(trunk, f"{needed * kept / 1e6:,.0f} MB", once, often)
     try:
         yield trunk
     finally:
-        store.close()
+        trunk.store.close(delete=shared is None)
+
+
+def _plan(trunk: Trunk, size: str, once: int, often: int) -> str:
+    blocks = f"{trunk.depth} of {trunk.blocks} blocks"
+    if trunk.encoder is not None:  # rows are as long as their longer side: the encoder's may be less
+        return f"the encoder ({blocks}) is frozen: what it makes of a text is kept (at most {size}), and computed once"
+    return (
+        f"{blocks} are frozen below the adapter: what they make of a text is kept ({size}), "
+        f"so {often - once:,} of {often:,} tokens start above them"
+    )
 
 
 def _trunk(model: Any, wanted: bool) -> RunTrunk | None:
