@@ -109,12 +109,14 @@ def test_near_double_precision(sizes: tuple[int, ...], scale: float | None, caus
     ],
 )
 def test_what_is_left_to_the_models_own(change: Callable[[AttentionCall], AttentionCall]) -> None:
-    """Masks, dropout, biases, a cache, broadcast rows, other dtypes, long texts."""
+    """Masks, dropout, biases, a cache, broadcast rows, other dtypes, long texts; inference and evaluation."""
     call = call_of()
     assert short.takes(call)
     assert not short.takes(change(call))
     with torch.no_grad():
         assert not short.takes(call)
+    call.module.eval()
+    assert not short.takes(call)
 
 
 def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -158,7 +160,7 @@ def test_gradients_of_a_model(arch: str, taken: list[int], monkeypatch: pytest.M
 
 def test_packed_texts_each_by_itself(taken: list[int]) -> None:
     """The texts of a packed row that are short enough."""
-    model = tiny("llama").to(torch.bfloat16)
+    model = tiny("llama").to(torch.bfloat16).train()
     graft.attach(model, graft.LoRA(rank=2))
     positions = torch.cat([torch.arange(6), torch.arange(3)])[None]
     model(torch.arange(5, 14)[None], position_ids=positions, use_cache=False).logits.sum().backward()

@@ -2,8 +2,8 @@
 
 With 3 x 8 heads, 128 tokens and bfloat16 that kernel takes three times as long for a forward and its backward as the
 products do here (5.4 and 1.7 ms on two cores). Scores and softmax are in fp32, as there; the softmax is kept for the
-backward in 16 bits, whose gradients are within 2 % of those in double precision. Only where gradients are wanted, so
-that inference is the base's own.
+backward in 16 bits, whose gradients are within 2 % of those in double precision. Only in training mode and where
+gradients are wanted, so that inference is the base's own.
 
 Shape legend: B rows, H query heads, K key/value heads, G = H / K, T tokens, S = T keys, D head size, N = B * K.
 """
@@ -27,19 +27,23 @@ LONGEST = 256
 
 def may(model: Any) -> bool:
     """Whether a forward of this model, now, may have calls for `takes`."""
-    if not torch.is_grad_enabled() or model.device.type != "cpu":
+    if not (model.training and torch.is_grad_enabled()) or model.device.type != "cpu":
         return False
     return model.dtype in LOW or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in LOW)
 
 
 def takes(call: AttentionCall) -> bool:
-    """Whether a call is of whole short texts in 16 bits on a CPU, with no mask but causality, and wants gradients."""
+    """Whether a call is of whole short texts in 16 bits on a CPU, with no mask but causality, in training."""
     query, key, value = call.query_BHTD, call.key_BKSD, call.value_BKSD
     if query.device.type != "cpu" or query.dtype not in LOW or call.mask is not None:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+    if not (
+        call.module.training
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
         return False
     asked = [call.options.get(name) for name in ("dropout", "position_bias", "cache", "softcap", "output_attentions")]
     whole = 1 < query.shape[2] == key.shape[2] <= LONGEST
