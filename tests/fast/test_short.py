@@ -95,10 +95,34 @@ def test_near_double_precision(sizes: tuple[int, ...], scale: float | None, caus
         assert mine <= max(0.02, 1.5 * other), (name, mine, other)
 
 
+def test_masks_and_rows_in_front() -> None:
+    """Queries that see other keys each, and keys in front that all see: as PyTorch's kernel, with the same mask."""
+    call = call_of((2, 4, 2, 9, 8, 8))
+    front = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    key, value = (torch.cat([front, x.detach()], 2).requires_grad_() for x in (call.key_BKSD, call.value_BKSD))
+    seen = torch.nn.functional.pad(torch.ones(9, 9, dtype=torch.bool).tril(), (3, 0), value=True).repeat(2, 1, 1, 1)
+    seen[1, 0, 5:, 1:6] = False
+    call = dataclasses.replace(call, key_BKSD=key, value_BKSD=value, mask=seen)
+    assert short.takes(call)
+    found = short.attention(call)[0]
+    wide = [x.detach().float().requires_grad_() for x in (call.query_BHTD, key, value)]
+    wanted = F.scaled_dot_product_attention(*wide, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    above = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    pairs = [(found, wanted)]
+    pairs += zip(
+        torch.autograd.grad(found, (call.query_BHTD, key, value), above.to(found.dtype)),
+        torch.autograd.grad(wanted, wide, above),
+        strict=True,
+    )
+    for mine, other in pairs:
+        assert (mine.float() - other).norm() <= 0.02 * other.norm()
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        lambda call: dataclasses.replace(call, mask=torch.ones(1, 1, 9, 9, dtype=torch.bool)),
+        lambda call: dataclasses.replace(call, mask=torch.zeros(1, 1, 9, 9)),
+        lambda call: dataclasses.replace(call, mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(-1)),
         lambda call: dataclasses.replace(call, options={"dropout": 0.1}),
         lambda call: dataclasses.replace(call, options={"position_bias": torch.zeros(1)}),
         lambda call: dataclasses.replace(call, query_BHTD=call.query_BHTD[:, :, -1:]),
@@ -109,7 +133,7 @@ def test_near_double_precision(sizes: tuple[int, ...], scale: float | None, caus
     ],
 )
 def test_what_is_left_to_the_models_own(change: Callable[[AttentionCall], AttentionCall]) -> None:
-    """Masks, dropout, biases, a cache, broadcast rows, other dtypes, long texts; inference and evaluation."""
+    """Masks of numbers, queries that see nothing, dropout, biases, one query, other dtypes, long texts; inference."""
     call = call_of()
     assert short.takes(call)
     assert not short.takes(change(call))

@@ -123,7 +123,8 @@ class _Losses(torch.autograd.Function):
         rows_ND = torch.empty_like(hidden_ND) if rows else None
         losses_N = hidden_ND.new_empty(len(target_N), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            parts = _chunks(hidden_ND, weight_VD, bias_V, target_N, *rule, grad=rows or any(now))
+            least = hidden_ND.shape[1] if now[0] else 0
+            parts = _chunks(hidden_ND, weight_VD, bias_V, target_N, *rule, grad=rows or any(now), least=least)
             for where, loss_C, grad_CV in parts:
                 losses_N[where] = loss_C
                 if grad_CV is None:
@@ -159,22 +160,29 @@ class _Sums:
     """The gradients of a head, summed over chunks in fp32 and handed out in its dtype."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, of_weight: bool, of_bias: bool) -> None:
-        wide = torch.promote_types(weight_VD.dtype, torch.float32)
-        self.weight = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
-        self.bias = torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None
+        self.like = weight_VD if of_weight else None
+        self.weight: Tensor | None = None
         self.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        self.wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        self.bias = torch.zeros_like(bias_V, dtype=self.wide) if of_bias and bias_V is not None else None
 
     def add(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-        if self.weight is not None and self.weight.dtype == grad_CV.dtype:
-            self.weight.addmm_(grad_CV.t(), hidden_CD)
+        if self.like is not None and self.weight is None:
+            self.weight = grad_CV.t() @ hidden_CD  # of one chunk that is all: no sum in fp32
         elif self.weight is not None:
-            self.weight += grad_CV.t() @ hidden_CD
+            self.weight = self.weight.to(self.wide)
+            if self.wide == grad_CV.dtype:
+                self.weight.addmm_(grad_CV.t(), hidden_CD)
+            else:
+                self.weight += grad_CV.t() @ hidden_CD
         if self.bias is not None:
             self.bias += grad_CV.sum(0, dtype=self.bias.dtype)
 
     @property
     def weight_VD(self) -> Tensor | None:
-        return None if self.weight is None else self.weight.to(self.dtypes[0])
+        if self.weight is None:
+            return None if self.like is None else torch.zeros_like(self.like)
+        return self.weight.to(self.dtypes[0])
 
     @property
     def bias_V(self) -> Tensor | None:
@@ -191,13 +199,15 @@ def _chunks(
     smoothing: float,
     *,
     grad: bool,
+    least: int = 0,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Of each chunk where it is, its losses (C), and the gradient of their sum by the head's output (C, V).
 
     The gradient stands in a buffer that the next chunk takes.
     """
     vocabulary = weight_VD.shape[0]
-    size = min(chunk_rows(vocabulary), len(target_N))
+    # The gradient of a head that trains is as large as the logits of D rows, and each chunk reads and writes it.
+    size = min(max(chunk_rows(vocabulary), least), len(target_N))
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     narrow = hidden_ND.dtype != wide
     few = min(size, max(1, BLOCK_BYTES // (4 * vocabulary))) if hidden_ND.device.type == "cpu" else size

@@ -5,7 +5,7 @@ products do here (5.4 and 1.7 ms on two cores). Scores and softmax are in fp32, 
 backward in 16 bits, whose gradients are within 2 % of those in double precision. Only in training mode and where
 gradients are wanted, so that inference is the base's own.
 
-Shape legend: B rows, H query heads, K key/value heads, G = H / K, T tokens, S = T keys, D head size, N = B * K.
+Shape legend: B rows, H query heads, K key/value heads, G = H / K, T tokens, S keys, D head size, N = B * K.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def may(model: Any) -> bool:
 
 
 def takes(call: AttentionCall) -> bool:
-    """Whether a call is of whole short texts in 16 bits on a CPU, with no mask but causality, in training."""
+    """Whether a call is of whole short texts in 16 bits on a CPU, in training, and each query sees some key."""
     query, key, value = call.query_BHTD, call.key_BKSD, call.value_BKSD
-    if query.device.type != "cpu" or query.dtype not in LOW or call.mask is not None:
+    if query.device.type != "cpu" or query.dtype not in LOW:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
@@ -46,7 +46,8 @@ def takes(call: AttentionCall) -> bool:
     ):
         return False
     asked = [call.options.get(name) for name in ("dropout", "position_bias", "cache", "softcap", "output_attentions")]
-    whole = 1 < query.shape[2] == key.shape[2] <= LONGEST
+    tokens, keys = query.shape[2], key.shape[2]
+    whole = 1 < tokens <= keys <= LONGEST and (tokens == keys if call.mask is None else _sees(call.mask, tokens, keys))
     alike = query.dtype == key.dtype == value.dtype and len(query) == len(key) == len(value)
     return whole and alike and not any(isinstance(one, Tensor) or one for one in asked)
 
@@ -58,22 +59,23 @@ def attention(call: AttentionCall) -> Result:
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
     scale = call.options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out_BHTD = _Attention.apply(query, call.key_BKSD, value, float(scale), bool(causal))
+    mask = _causal(query.shape[2]) if call.mask is None and causal else call.mask
+    out_BHTD = _Attention.apply(query, call.key_BKSD, value, float(scale), mask)
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float, causal: bool
+        ctx: Any, query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float, mask: Tensor | None
     ) -> Tensor:
         batch, heads, tokens, _ = query_BHTD.shape
         key_NSD, value_NSD = key_BKSD.flatten(0, 1), value_BKSD.flatten(0, 1)
         query_NGTD = query_BHTD.reshape(len(key_NSD), -1, key_NSD.shape[-1])
         with torch.autocast("cpu", enabled=False):
             scores = torch.bmm(query_NGTD.float(), key_NSD.float().mT).mul_(scale)
-            if causal:
-                scores.view(batch * heads, tokens, tokens).add_(_causal(tokens))
+            if mask is not None:
+                scores.view(batch, heads, tokens, -1).masked_fill_(~mask, float("-inf"))
             p = torch.softmax(scores, -1).to(query_BHTD.dtype)
             out = torch.bmm(p, value_NSD)
         ctx.save_for_backward(query_NGTD, key_NSD, value_NSD, p)
@@ -97,4 +99,10 @@ class _Attention(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=16)
 def _causal(tokens: int) -> Tensor:
-    return torch.full((tokens, tokens), float("-inf")).triu_(1)
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril_()
+
+
+def _sees(mask: Any, tokens: int, keys: int) -> bool:
+    """Whether a mask says which keys are visible, and to each query at least one."""
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 4
+    return fits and mask.shape[2:] == (tokens, keys) and bool(mask.any(-1).all())
