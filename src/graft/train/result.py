@@ -25,8 +25,8 @@ class Result:
     Attributes:
         run: its settings.
         metrics: `loss` (the last logged), `eval_loss` and `eval_loss_before`, `eval_loss_best` and `kept_step`,
-            `steps`, `epochs`, `tokens_per_second`; with `train.compile` the seconds of the first pass, which compiles
-            (`compile_seconds`), and of the median step (`step_seconds`).
+            `steps`, `epochs`, `tokens_per_second`, the seconds of the median step since the last start
+            (`step_seconds`); with `train.compile` those of the first pass, which compiles (`compile_seconds`).
         peak_bytes: the most memory used: of the GPU, or of the process on a CPU.
         seconds: over all starts of the run.
         trainable, saved: values that trained, and values in the adapter folder.

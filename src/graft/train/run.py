@@ -47,7 +47,15 @@ class Interrupted(TrainingError):
     exit_code = 130
 
 
-def train(run: Run, *, fresh: bool = False, console: Console | None = None, callbacks: Sequence[Any] = ()) -> Result:
+def train(
+    run: Run,
+    *,
+    fresh: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[Any] = (),
+    model: PreTrainedModel | None = None,
+    shared: Path | None = None,
+) -> Result:
     """Train what `run` describes; the same call goes on where it was stopped, and a finished run is not trained again.
 
     Args:
@@ -55,6 +63,8 @@ def train(run: Run, *, fresh: bool = False, console: Console | None = None, call
         fresh: start over in a new folder (`<output>-2`, ...).
         console: where the data report and the progress go; None: the terminal. `Console(quiet=True)` is silent.
         callbacks: further `transformers.TrainerCallback`s.
+        model: the run's base, loaded before and without the run's adapters; they stay attached. None: it is loaded.
+        shared: a folder in which runs find what frozen blocks made of a text (see `open_trunk`).
 
     Raises:
         ConfigError: settings that cannot be, or other ones than the folder was begun with; or another process trains
@@ -69,7 +79,7 @@ def train(run: Run, *, fresh: bool = False, console: Console | None = None, call
         console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
         return read_result(run, folder)
     with undone(folder), locked(folder):
-        return _train(run, folder, console, callbacks)
+        return _train(run, folder, console, callbacks, model, shared)
 
 
 def data_report(run: Run) -> Report:
@@ -85,7 +95,14 @@ def data_report(run: Run) -> Report:
 # ------------------------------------------------------------------------------------------------- the training
 
 
-def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -> Result:
+def _train(
+    run: Run,
+    folder: Path,
+    console: Console,
+    callbacks: Sequence[Any],
+    model: PreTrainedModel | None,
+    shared: Path | None,
+) -> Result:
     config = base.load_config(run.base)
     tokenizer = base.load_tokenizer(run.base)
     check_settings(run, tokenizer, config)
@@ -98,12 +115,12 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
     schedule = _schedule(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
-    model = open_model(run, data, tokenizer)
+    model = open_model(run, data, tokenizer, model)
     with _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         rows, times = _evaluations(run, data, schedule)
-        with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder) as trainer.trunk:
+        with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder, shared) as trainer.trunk:
             if run.train.compile:
                 trainer.compiled = Compiled(model, () if trainer.trunk is None else trainer.trunk.modules)
             trainer.dry_run()
@@ -312,9 +329,10 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
     evaluated = [line for line in lines if "eval_loss" in line]
     step = trainer.state.global_step
     found: dict[str, float] = {"steps": step, "epochs": round(recorder.schedule.epoch(step), 4)}
+    if recorder.took:
+        found["step_seconds"] = round(recorder.usual, 5)
     if trainer.compiled is not None:
         found["compile_seconds"] = round(trainer.compiled.seconds, 3)
-        found["step_seconds"] = round(recorder.usual, 4)
     if losses:
         found["loss"] = losses[-1]
         found["tokens_per_second"] = round(sum(speeds) / len(speeds), 1)

@@ -131,19 +131,18 @@ def check_data(run: Run, data: Data) -> None:
     data.report.check(Limits(truncate=run.data.truncate, **run.data.limits.model_dump()))
 
 
-def open_model(run: Run, data: Data, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The base with a fresh adapter for each name in the data.
+def open_model(
+    run: Run, data: Data, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The base, loaded unless it is given, with a fresh adapter for each name in the data.
 
     Raises:
         ConfigError, SiteError: see `load_base` and `attach`; or the model cannot do what the run asks.
     """
     classify = data.template.mode == "classification"
-    model = base.load_base(
-        run.base,
-        precision=run.precision,
-        device=run.device,
-        num_labels=len(data.template.label_names) if classify else None,
-    )
+    if model is None:
+        labels = len(data.template.label_names) if classify else None
+        model = base.load_base(run.base, precision=run.precision, device=run.device, num_labels=labels)
     if classify and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id(tokenizer)  # decoders find the last token of a row by it
     method = run.method.with_tokenizer(tokenizer)
