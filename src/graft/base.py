@@ -61,7 +61,7 @@ def load_base(
 
     check(precision, device)
     config = load_config(path)
-    where = _device(device)
+    where = device_of(device)
     place = _place(path)
     _refuse_pickles(place, path)
     name, extra = _class_name(config, num_labels)
@@ -103,7 +103,7 @@ def check(precision: str, device: str | None) -> None:
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: unknown precision {precision!r}; {nearest(precision, PRECISIONS)}")
-    _precision(precision, _device(device))
+    _precision(precision, device_of(device))
 
 
 def skeleton(config: PretrainedConfig, num_labels: int | None = None) -> PreTrainedModel:
@@ -180,7 +180,12 @@ def computes_bf16(device: str | torch.device = "cpu") -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _device(device: str | None) -> torch.device:
+def device_of(device: str | None) -> torch.device:
+    """The device that a setting names; None: the GPU if there is one.
+
+    Raises:
+        ConfigError: an unknown device, or a GPU that is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -32,6 +32,14 @@ def _number(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]
 
 
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Listed = BeforeValidator(_listed)
+"""For tuples: YAML has lists."""
+
+
 def numbers(value: Any) -> Any:
     """As `Number`, inside of tuples and dicts too."""
     if isinstance(value, dict):

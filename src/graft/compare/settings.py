@@ -11,12 +11,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from graft.errors import ConfigError
 from graft.method import REGISTRY
 from graft.train.config import DataSettings, TrainSettings
-from graft.yaml_settings import Number, Settings, read_yaml, validated
+from graft.yaml_settings import Listed, Number, Settings, read_yaml, validated
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 """Half decades from what full fine-tuning wants to what prompts want; the same for every method: none is favoured."""
-OWN = ("lrs", "train", "precision", "peft_compat")
-"""Keys of an entry that are not its method's."""
 BASE, ICL, FULL = "base", "icl", "full"
 
 
@@ -26,7 +24,7 @@ class Search(Settings):
     kind: Literal["halving", "exhaustive", "none"] = "halving"
     """halving: all rates on a small budget, the best share of them on a larger one, and so on. exhaustive: every rate
     and every seed on the whole budget. none: `train.lr`."""
-    lrs: tuple[Annotated[Number, Field(gt=0)], ...] = RATES
+    lrs: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Listed] = RATES
     eta: Annotated[int, Field(ge=2)] = 3
     """One of so many rates goes on, with so many times the steps."""
     least_steps: Annotated[int, Field(ge=1)] = 10
@@ -39,6 +37,17 @@ class Search(Settings):
         if not self.lrs or len(set(self.lrs)) != len(self.lrs):
             raise ConfigError(f"search.lrs: give different rates, at least one, not {list(self.lrs)}")
         return self
+
+
+class Own(Settings):
+    """What an entry may set beside its method: the same keys stand in its settings."""
+
+    lrs: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Listed] = ()
+    """None: those of the search."""
+    train: dict[str, Any] = {}
+    """Over the comparison's own."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] | None = None
+    peft_compat: bool | None = None
 
 
 class Icl(Settings):
@@ -107,9 +116,9 @@ class Compare(Settings):
     test_limit: Annotated[int, Field(ge=1)] | None = None
     train: TrainSettings = TrainSettings()
     """As of a run, the same for all: steps, batches, schedule. `train.lr` counts with `search.kind: none` alone."""
-    seeds: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = 3
+    seeds: Annotated[Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Listed] = 3
     """How many (0, 1, ...), or which."""
-    metrics: tuple[str, ...] | None = None
+    metrics: Annotated[tuple[str, ...] | None, Listed] = None
     """The first is the quality. None: what fits the rows."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     search: Search = Search()

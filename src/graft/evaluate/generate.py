@@ -40,6 +40,8 @@ class Decoding:
     """How answers are chosen."""
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """No answer ends before it has so many."""
     temperature: float = 0.0
     """0 takes the likeliest token (greedy), anything above samples."""
     top_p: float = 1.0
@@ -49,6 +51,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {self.max_new_tokens}: give at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ConfigError(f"min_new_tokens {self.min_new_tokens}: give 0 to max_new_tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature {self.temperature}, top_p {self.top_p}: temperature >= 0 and 0 < top_p <= 1"
@@ -136,7 +140,7 @@ def answer_ids(
             batch = prepare(model, batch, list(entries))
         batch = on_device(batch, model)
         start = 1 if encoder_decoder else batch["input_ids"].shape[1]
-        config = _generation_config(model, tokenizer, decoding, 0 if encoder_decoder else start)
+        config = generation_config(model, tokenizer, decoding, 0 if encoder_decoder else start)
         out = model.generate(**batch, generation_config=config, streamer=streamer)
     return [_until_end(row[start:].tolist(), config.eos_token_id) for row in out]
 
@@ -155,7 +159,7 @@ def templates_of(template: Template | Sequence[Template], count: int) -> list[Te
     return templates
 
 
-def _generation_config(model: Any, tokenizer: Any, decoding: Decoding, length: int) -> GenerationConfig:
+def generation_config(model: Any, tokenizer: Any, decoding: Decoding, length: int) -> GenerationConfig:
     """Exactly what was asked: penalties and sampling settings that a model brings along would change the result."""
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
@@ -165,6 +169,7 @@ def _generation_config(model: Any, tokenizer: Any, decoding: Decoding, length: i
     sampled = decoding.temperature > 0
     return GenerationConfig(
         max_new_tokens=room,
+        min_new_tokens=min(decoding.min_new_tokens, room) or None,
         do_sample=sampled,
         temperature=decoding.temperature if sampled else 1.0,
         top_p=decoding.top_p if sampled else 1.0,

@@ -90,6 +90,8 @@ class DataSettings(Settings):
     """A file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or a hub name."""
     eval: str | Number | None = None
     """The same for evaluation; or the share of the training rows that is held out, for example 0.1."""
+    eval_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Draws the share that is held out; None: the run's seed."""
     split: str | None = None
     eval_split: str | None = None
     columns: dict[str, str] = {}

@@ -56,7 +56,7 @@ def check_settings(run: Run, tokenizer: PreTrainedTokenizerBase, config: Pretrai
         ConfigError, SiteError: as `open_model` later.
     """
     base.check(run.precision, run.device)
-    template = _template(run, tokenizer, config)
+    template = template_for(run, tokenizer, config)
     try:
         model = base.skeleton(config, 2 if template.mode == "classification" else None)
     except Exception:  # whatever a model's own code cannot do without weights; `load_base` says what is wrong
@@ -81,7 +81,7 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
             row names.
     """
     settings = run.data
-    rows, held = _rows(run)
+    rows, held = rows_of(run)
     named = any(row.adapter is not None for row in rows)
     if named:
         rows, held = _named(rows, run.name), held and _named(held, run.name)
@@ -89,7 +89,7 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     for row in held or ():
         if (row.adapter or run.name) not in names:
             raise DataError(f"{row.where}: no training row has the adapter {row.adapter!r}")
-    template = _template(run, tokenizer, config).fit(rows, tokenizer)
+    template = template_for(run, tokenizer, config).fit(rows, tokenizer)
     context = base.context_length(config, tokenizer)
     context = context and int(context * run.method.stretch(config))
     max_length = settings.max_length or context or LENGTH
@@ -199,7 +199,12 @@ def needs_rows(run: Run, data: Data, model: PreTrainedModel) -> str | None:
     return None
 
 
-def _rows(run: Run) -> tuple[list[Row], list[Row] | None]:
+def rows_of(run: Run) -> tuple[list[Row], list[Row] | None]:
+    """The rows that a run trains on, and those that it is evaluated on.
+
+    Raises:
+        DataError, ConfigError: see `load_rows` and `hold_out`.
+    """
     settings = run.data
     rows = load_rows(settings.train, split=settings.split, columns=settings.columns, limit=settings.limit)
     if settings.eval is None:
@@ -208,7 +213,7 @@ def _rows(run: Run) -> tuple[list[Row], list[Row] | None]:
         columns = settings.columns if settings.eval_columns is None else settings.eval_columns
         held = load_rows(settings.eval, split=settings.eval_split, columns=columns, limit=settings.eval_limit)
         return rows, held
-    rows, held = hold_out(rows, settings.eval, run.seed)
+    rows, held = hold_out(rows, settings.eval, run.seed if settings.eval_seed is None else settings.eval_seed)
     return rows, held[: settings.eval_limit]
 
 
@@ -216,7 +221,7 @@ def _named(rows: Sequence[Row], name: str) -> list[Row]:
     return [row if row.adapter is not None else dataclasses.replace(row, adapter=name) for row in rows]
 
 
-def _template(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Template:
+def template_for(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Template:
     """The run's template, with kind and mode chosen by the model where the run says nothing."""
     given = run.data.template
     settings: dict[str, Any] = {"kind": given} if isinstance(given, str) else dict(given or {})

@@ -1,0 +1,197 @@
+"""Where units run: processes of this machine, or Ray tasks. Both take units and give their rows back as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from graft.compare.grid import Row, Unit
+from graft.compare.settings import Executor as Settings
+from graft.errors import ConfigError
+
+LOST = 2
+"""Workers that a unit may lose before it counts as failed."""
+PATIENCE = 60.0
+"""Seconds that an interrupted worker has to save its checkpoint."""
+INTERRUPTED = "interrupted"
+
+
+class Executor(Protocol):
+    """Does units; several may be under way at once."""
+
+    @property
+    def free(self) -> int:
+        """How many more units would start at once."""
+
+    def start(self, unit: Unit) -> None:
+        """Begin a unit."""
+
+    def next(self) -> tuple[Unit, Row]:
+        """Wait for the next unit that ends. A row says "lost" where its process died, with why."""
+
+    def close(self) -> None:
+        """Stop what is under way; it keeps its checkpoints."""
+
+
+def executor(settings: Settings) -> Executor:
+    """The executor that the settings ask for.
+
+    Raises:
+        ConfigError: Ray is asked for and not installed, or its cluster does not answer.
+    """
+    return Local(settings.workers) if settings.kind == "local" else OnRay(settings)
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Executor]:
+    """The executor while the block runs."""
+    found = executor(settings)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+class _Process:
+    """A process that does units (see `graft.compare.worker`): JSON lines in, JSON lines out."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "graft.compare.worker"]
+        own: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}  # Ctrl-C is for us alone
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **own)
+        self.unit: Unit | None = None
+
+    def start(self, unit: Unit) -> None:
+        assert self.process.stdin is not None
+        self.unit = unit
+        with contextlib.suppress(BrokenPipeError):  # it died between two units: `row` says so
+            self.process.stdin.write(json.dumps(unit) + "\n")
+            self.process.stdin.flush()
+
+    def row(self) -> Row:
+        """Wait for what comes of the unit."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line.endswith("\n"):
+            return json.loads(line)
+        return {"status": "lost", "why": _died(self.process.wait())}
+
+
+class Local:
+    """Processes of this machine. They outlive a unit, so that the base is loaded once; one that dies is replaced."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers: list[_Process | None] = [None] * workers
+        self.rows: queue.SimpleQueue[tuple[int, Row]] = queue.SimpleQueue()
+
+    @property
+    def free(self) -> int:
+        return sum(worker is None or worker.unit is None for worker in self.workers)
+
+    def start(self, unit: Unit) -> None:
+        number = next(i for i, worker in enumerate(self.workers) if worker is None or worker.unit is None)
+        worker = self.workers[number] = self.workers[number] or _Process()
+        worker.start(unit)
+        threading.Thread(target=lambda: self.rows.put((number, worker.row())), daemon=True).start()
+
+    def next(self) -> tuple[Unit, Row]:
+        number, row = self.rows.get()
+        worker = self.workers[number]
+        assert worker is not None and worker.unit is not None
+        unit, worker.unit = worker.unit, None
+        if row["status"] == "lost":
+            self.workers[number] = None
+        if row["status"] == INTERRUPTED:
+            raise KeyboardInterrupt
+        return unit, row
+
+    def close(self) -> None:
+        going = [worker for worker in self.workers if worker is not None]
+        for worker in going:
+            if worker.unit is not None:
+                worker.process.terminate()  # it saves a checkpoint
+            elif worker.process.stdin is not None:
+                worker.process.stdin.close()
+        for worker in going:
+            try:
+                worker.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+        self.workers = [None] * len(self.workers)
+
+
+def _died(code: int) -> str:
+    if code == -9:
+        return "its process was killed, as the system does when memory runs out; see graft plan"
+    return f"its process ended with code {code}"
+
+
+# ------------------------------------------------------------------------------------------------- Ray
+
+
+class OnRay:
+    """Ray tasks; a run whose machine is lost is done again, from its last checkpoint."""
+
+    def __init__(self, settings: Settings) -> None:
+        try:
+            self.ray: Any = importlib.import_module("ray")
+        except ImportError:
+            raise ConfigError("executor.kind: ray is not installed; pip install ray, or take local") from None
+        self.workers = settings.workers
+        self.ours = not self.ray.is_initialized()
+        if self.ours:
+            asked: dict[str, Any] = {"address": settings.address}
+            if settings.address is None:
+                asked |= {"num_cpus": max(settings.workers, int(settings.workers * settings.cpus))}
+                asked |= {"include_dashboard": False}
+            try:
+                self.ray.init(**asked, log_to_driver=False, logging_level="error")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"executor.address: {' '.join(str(error).split())}") from None
+        options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "max_retries": 0}
+        self.task = self.ray.remote(**options)(_on_ray)
+        self.going: dict[Any, Unit] = {}
+
+    @property
+    def free(self) -> int:
+        return self.workers - len(self.going)
+
+    def start(self, unit: Unit) -> None:
+        self.going[self.task.remote(unit)] = unit
+
+    def next(self) -> tuple[Unit, Row]:
+        (done,), _ = self.ray.wait(list(self.going), num_returns=1)
+        unit = self.going.pop(done)
+        try:
+            return unit, self.ray.get(done)
+        except self.ray.exceptions.RayError as error:
+            return unit, {"status": "lost", "why": f"Ray lost it ({type(error).__name__})"}
+
+    def close(self) -> None:
+        for task in self.going:
+            with contextlib.suppress(Exception):
+                self.ray.cancel(task, force=True)
+        if self.ours:
+            self.ray.shutdown()
+
+
+_worker: Any = None
+
+
+def _on_ray(unit: Unit) -> Row:
+    """A unit in a process of Ray's, which keeps the base for the next one."""
+    global _worker
+    from graft.compare.work import Worker
+
+    _worker = _worker or Worker()
+    return _worker.do(unit)

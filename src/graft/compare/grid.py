@@ -1,0 +1,178 @@
+"""What a comparison runs: its entries, and each run of them with the folder that its settings name.
+
+A run's folder holds a hash of everything that could change its result: the settings and the content of the data. So a
+comparison that is started again finds what is done, and a changed setting makes a new run beside the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graft.compare.settings import BASE, FULL, ICL, Compare, Icl, Own
+from graft.errors import ConfigError
+from graft.train.config import Run, make_run
+from graft.yaml_settings import validated
+
+RUNS = "runs"
+ROW = "row.json"
+"""Written last: without it a run is not finished."""
+
+Unit = dict[str, Any]
+"""One run as plain data, so that any process on any machine can do it: `kind`, `label`, `run`, `measure`, `folder`."""
+Row = dict[str, Any]
+"""What came of a unit: `status` ("ok", "skipped", "failed"), `why`, and its figures."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: a method with its settings, or a baseline."""
+
+    label: str
+    kind: str
+    """"method", "icl" or "base"."""
+    method: Any = None
+    """The method's settings, as in a run."""
+    lrs: tuple[float, ...] = ()
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Training settings of its own, over those of the comparison."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings of its runs: precision, peft_compat."""
+
+
+def entries(settings: Compare) -> list[Entry]:
+    """The lines of the comparison: the methods in their order, then the baselines.
+
+    Raises:
+        ConfigError: an entry that is no method, with its label.
+    """
+    found = [_entry(label, given, settings) for label, given in settings.methods.items()]
+    if settings.baselines.full and not any(_name(entry.method) == FULL for entry in found):
+        found.append(_entry(FULL, FULL, settings))
+    if settings.baselines.icl:
+        found.append(Entry(ICL, ICL))
+    if settings.baselines.base:
+        found.append(Entry(BASE, BASE))
+    return found
+
+
+def _name(method: Any) -> Any:
+    return method.get("method") if isinstance(method, dict) else method
+
+
+def _entry(label: str, given: Any, settings: Compare) -> Entry:
+    where = f"methods.{label}"
+    asked = {key: given[key] for key in Own.model_fields if key in given} if isinstance(given, dict) else {}
+    own = validated(Own, asked, where)
+    if isinstance(given, dict):
+        given = {key: value for key, value in given.items() if key not in asked}
+    lrs = own.lrs or ((settings.train.lr,) if settings.search.kind == "none" else settings.search.lrs)
+    other = {key: value for key in ("precision", "peft_compat") if (value := getattr(own, key)) is not None}
+    entry = Entry(label, "method", given, lrs, own.train, other)
+    try:
+        run = run_of(entry, settings, lr=lrs[0], seed=0, steps=None, output=settings.output)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix('run: ')}") from None
+    return dataclasses.replace(entry, method=run.method.to_dict())
+
+
+def run_of(entry: Entry, settings: Compare, *, lr: float | None, seed: int, steps: int | None, output: str) -> Run:
+    """The run of an entry with a rate and a seed; `steps`: fewer than the comparison's, for a trial."""
+    train = settings.train.model_dump(mode="json") | dict(entry.train)
+    if lr is not None:
+        train["lr"] = lr
+    if steps is not None:
+        train |= {"max_steps": steps, "eval_every": steps, "save_every": steps, "keep_best": None}
+    data = settings.data.model_dump(mode="json")
+    if not isinstance(settings.data.eval, str) and settings.data.eval_seed is None:
+        data["eval_seed"] = settings.all_seeds[0]  # one split for all
+    return make_run(
+        {
+            "base": settings.base,
+            "precision": settings.precision,
+            "device": settings.device,
+            "data": data,
+            "method": entry.method,
+            "train": train,
+            "seed": seed,
+            "output": output,
+        }
+        | dict(entry.run)
+    )
+
+
+class Grid:
+    """The units of a comparison.
+
+    Args:
+        settings: of the comparison.
+        hashes: of the content of its data, by what it is for.
+        steps: of a run on the whole budget.
+    """
+
+    def __init__(self, settings: Compare, hashes: Mapping[str, str], steps: int) -> None:
+        self.settings, self.hashes, self.steps = settings, dict(hashes), steps
+        self.folder = Path(settings.output).expanduser()
+
+    def trial(self, entry: Entry, lr: float, steps: int) -> Unit:
+        """A short run of the search: one rate on part of the budget."""
+        return self._unit("trial", entry, lr, self.settings.all_seeds[0], steps)
+
+    def final(self, entry: Entry, lr: float, seed: int) -> Unit:
+        """A run on the whole budget, measured afterwards."""
+        return self._unit("final", entry, lr, seed, None)
+
+    def baseline(self, entry: Entry, seed: int) -> Unit:
+        """The untouched base, or in-context learning with demonstrations drawn by the seed."""
+        return self._unit(entry.kind, entry, None, seed, None)
+
+    def _unit(self, kind: str, entry: Entry, lr: float | None, seed: int, steps: int | None) -> Unit:
+        settings = self.settings
+        base = entry if entry.kind == "method" else Entry(entry.label, entry.kind, "lora")
+        run = run_of(base, settings, lr=lr, seed=seed, steps=steps, output="").model_dump(mode="json")
+        if entry.kind != "method":
+            del run["method"]
+        measure = self._measure(kind)
+        asked = {"kind": kind, "run": run, "measure": measure, "data": self.hashes}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
+        parts = [f"lr{lr:g}" if lr is not None else "", f"seed{seed}", f"steps{steps}" if steps else "", digest]
+        place = self.folder / RUNS / _slug(entry.label) / "-".join(part for part in parts if part)
+        if "method" in run:
+            run["output"] = str(place / "run")
+        unit = {"kind": kind, "label": entry.label, "lr": lr, "seed": seed, "steps": steps or self.steps}
+        return unit | {"run": run, "measure": measure, "folder": str(place)}
+
+    def _measure(self, kind: str) -> dict[str, Any]:
+        """What is measured after a run; a trial is judged by its own evaluation rows."""
+        settings = self.settings
+        metric = {"metric": settings.search.metric}
+        if kind == "trial":
+            return metric
+        keys = ("test", "test_split", "test_columns", "test_limit", "metrics", "max_new_tokens", "forgetting")
+        found = metric | {key: getattr(settings, key) for key in (*keys, "latency", "keep")}
+        if kind in (ICL, BASE):
+            icl = settings.baselines.icl
+            found["icl"] = (icl if isinstance(icl, Icl) else Icl()).model_dump(mode="json")
+        return json.loads(json.dumps(found))
+
+
+def read_row(unit: Unit) -> Row | None:
+    """What came of a unit, if it is done."""
+    file = Path(unit["folder"]) / ROW
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); remove it, and its run is done again") from None
+
+
+def _slug(label: str) -> str:
+    """A label as the name of a folder; two labels never share one."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_.=" else "_" for letter in label).strip(".")
+    return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"

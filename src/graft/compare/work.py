@@ -1,0 +1,184 @@
+"""Doing one unit: train, measure, write `row.json`. Any process can do any unit; nothing here knows of the others."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from graft import base, files
+from graft.adapt import detach
+from graft.compare import after, peak
+from graft.compare.grid import ROW, Row, Unit, read_row
+from graft.data.template import Template
+from graft.errors import GraftError, TrainingError
+from graft.evaluate.batches import bank_or_none
+from graft.evaluate.opening import open_base, template_of
+from graft.train.config import Run, make_run
+from graft.train.folder import write_text
+from graft.train.progress import read_lines
+from graft.train.result import Result
+from graft.train.run import Interrupted, train
+from graft.train.setup import template_for
+
+ERROR = "error.txt"
+CURVE = ("step", "loss", "eval_loss", "eval_accuracy")
+
+
+class Worker:
+    """Does units one after the other on one loaded base."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.model: PreTrainedModel | None = None
+
+    def do(self, unit: Unit) -> Row:
+        """What came of the unit, read if it was done before; a run that fails is a finding and no accident.
+
+        Raises:
+            Interrupted, KeyboardInterrupt: the run was stopped; the same unit goes on where it was.
+        """
+        done = read_row(unit)
+        if done is not None:
+            return done
+        folder = Path(unit["folder"])
+        start = time.perf_counter()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            row: Row = {"status": "ok", "why": None}
+            row |= self._done(unit, folder)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.forget()
+            row = _failed(error, folder)
+        row = {"kind": unit["kind"], "label": unit["label"], "lr": unit["lr"], "seed": unit["seed"]} | row
+        row |= {"steps": unit["steps"], "wall_seconds": round(time.perf_counter() - start, 3), "folder": str(folder)}
+        write_text(folder / ROW, json.dumps(_plain(row), indent=2, ensure_ascii=False) + "\n")
+        return row
+
+    def forget(self) -> None:
+        """Let go of the base."""
+        self.key = self.model = None
+
+    def base_of(self, run: Run, labels: int | None = None) -> PreTrainedModel:
+        """The base without adapters: the one that the last unit had, if it is the same."""
+        key = (run.base, run.precision, run.device, labels)
+        if self.model is not None and self.key == key and bank_or_none(self.model) is not None:
+            detach(self.model)
+        if self.model is None or self.key != key:
+            self.forget()
+            self.model = base.load_base(run.base, precision=run.precision, device=run.device, num_labels=labels)
+            self.key = key
+        found = self.model
+        if base.made_new(found):  # a random head depends on the seed at which it was made
+            self.forget()
+        return found
+
+    def _done(self, unit: Unit, folder: Path) -> Row:
+        if unit["kind"] in ("base", "icl"):
+            return self._untrained(unit)
+        run = make_run(unit["run"])
+        tokenizer = base.load_tokenizer(run.base)
+        classify = template_for(run, tokenizer, base.load_config(run.base)).mode == "classification"
+        peak.reset()
+        model = None if classify else self.base_of(run)
+        result = train(run, console=Console(quiet=True), model=model)
+        device = base.device_of(run.device)
+        row = _trained(result) | {"peak_bytes": peak.read(device)}
+        row["score"] = _score(result, unit["measure"]["metric"])
+        if unit["kind"] == "trial":
+            shutil.rmtree(result.folder, ignore_errors=True)
+            return row
+        row |= self._measured(run, result, unit["measure"], classify, tokenizer)
+        if unit["measure"]["keep"] == "results":
+            shutil.rmtree(result.folder, ignore_errors=True)
+        return row
+
+    def _measured(
+        self, run: Run, result: Result, measure: dict[str, Any], classify: bool, tokenizer: PreTrainedTokenizerBase
+    ) -> Row:
+        """What the saved adapter does, loaded as a user would."""
+        name = run.name
+        template = template_of(str(result.adapter))
+        assert template is not None  # every run's adapter has it
+        if classify:
+            model = open_base(run.base, {name: str(result.adapter)}, precision=run.precision, device=run.device).model
+        else:
+            model = self.base_of(run)
+            files.load(model, result.adapter, name)
+        rows, size = after.test_rows(run, measure), run.train.eval_batch_size or run.train.batch_size
+        found: Row = {"quality": after.quality(model, tokenizer, rows, template, name, measure, size)}
+        found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, name, size)
+        if measure["latency"]:
+            found["latency"] = after.latency(model, tokenizer, rows, template, name)
+        found["adapter_bytes"] = after.bytes_of(result.adapter)
+        return found | {"batch_size": size}
+
+    def _untrained(self, unit: Unit) -> Row:
+        """The bare base, or the base with demonstrations."""
+        run = make_run(unit["run"])
+        tokenizer, config = base.load_tokenizer(run.base), base.load_config(run.base)
+        template: Template = template_for(run, tokenizer, config)
+        measure = unit["measure"]
+        rows, size = after.test_rows(run, measure), run.train.eval_batch_size or run.train.batch_size
+        peak.reset()
+        model = self.base_of(run)
+        found: Row = {"quality": after.quality(model, tokenizer, rows, template, None, measure, size)}
+        found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, None, size)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        found["counts"] = {"total": total, "trainable": 0, "saved": 0}
+        return found | {"peak_bytes": peak.read(model.device), "batch_size": size}
+
+
+def _trained(result: Result) -> Row:
+    stored = json.loads((result.folder / "result.json").read_text(encoding="utf-8"))
+    lines = read_lines(result.folder / "metrics.jsonl")
+    counts = stored["counts"]
+    seconds = result.metrics.get("step_seconds")
+    return {
+        "counts": {"total": counts["base"], "trainable": counts["trainable"], "saved": counts["saved"]},
+        "batch_size": result.run.train.batch_size,
+        "training_its": 1 / seconds if seconds else None,
+        "training": result.metrics,
+        "seconds": result.seconds,
+        "curve": [{key: line[key] for key in CURVE if key in line} for line in lines],
+        "machine": stored["machine"],
+        "versions": stored["versions"],
+    }
+
+
+def _score(result: Result, metric: str | None) -> float:
+    """Of a trial, the higher the better."""
+    metrics = result.metrics
+    if metric == "accuracy" or (metric is None and "eval_accuracy" in metrics):
+        if "eval_accuracy" not in metrics:
+            raise TrainingError("search.metric: accuracy is for classification heads; leave it out")
+        return metrics["eval_accuracy"] - 1e-6 * metrics["eval_loss"]  # equal accuracies are told apart by the loss
+    return -metrics["eval_loss"]
+
+
+def _failed(error: Exception, folder: Path) -> Row:
+    """A method that cannot take the base is skipped; all else failed, with the traceback beside it."""
+    if isinstance(error, GraftError) and not isinstance(error, TrainingError):
+        return {"status": "skipped", "why": str(error)}
+    if not isinstance(error, TrainingError):
+        (folder / ERROR).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    name = "" if isinstance(error, TrainingError) else f"{type(error).__name__}: "
+    return {"status": "failed", "why": name + " ".join(str(error).split())}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON may hold it: numbers that are none become null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
