@@ -5,30 +5,23 @@ An error that Graft raises on purpose is one line on stderr and exit code 2; Ctr
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from graft.cli_errors import OneLineGroup, one_line
+from graft.cli_screen import calm, progress, say
+from graft.compare import command as comparing
 from graft.errors import ConfigError, GraftError
 from graft.measure import command as measure
 
 DEBUG = "GRAFT_DEBUG"
-CALM = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "DATASETS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 HELP = "/help lists the commands, /exit ends."
 app = typer.Typer(
     name="graft",
@@ -62,25 +55,25 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose expected errors are one line."""
 
     @functools.wraps(command)
-    def calm(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         debug = bool(os.environ.get(DEBUG))
         if not debug:
-            _calm()
+            calm()
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             if debug:
                 raise
-            _say("interrupted")
+            say("interrupted")
             raise typer.Exit(130) from None
         except (GraftError, OSError) as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
             code = getattr(error, "exit_code", 2)
-            _say(("" if code == 130 else "error: ") + one_line(str(error), kwargs))
+            say(("" if code == 130 else "error: ") + one_line(str(error), kwargs))
             raise typer.Exit(code) from None
 
-    return calm
+    return run
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:
@@ -89,6 +82,7 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.add_typer(measure.group(guarded), name="measure")
+verb(comparing.compare)
 
 
 def _version(asked: bool) -> None:
@@ -213,7 +207,7 @@ def evaluate(
     if template is not None:
         templates = [with_kind(each, template) for each in templates]
     _notes(opened.notes)
-    with _progress() as progress:
+    with progress() as tell:
         found = examine(
             opened.model,
             opened.tokenizer,
@@ -224,7 +218,7 @@ def evaluate(
             batch_size=batch_size,
             decoding=Decoding(max_new_tokens=max_new_tokens),
             truncate=truncate,
-            progress=progress,
+            progress=tell,
         )
     if answers is not None:
         found.write(answers, rows)
@@ -348,52 +342,10 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def _notes(notes: list[str]) -> None:
     for note in notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _within(apart: float | None) -> str:
     return "" if apart is None else f" within {apart:.1g} of the largest"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr where that is a terminal, else nothing."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bars: dict[str, Any] = {}
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = shown.add_task(what, total=total)
-            shown.update(bars[what], completed=done)
-
-        yield tell
-
-
-class _Say(logging.Handler):
-    """Graft's own log on stderr, a line for each message."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _say(f"warning: {record.getMessage()}")
-
-
-def _calm() -> None:
-    """Of logs, warnings and bars only Graft's own reach the screen."""
-    for name, value in CALM.items():
-        os.environ.setdefault(name, value)
-    for logger, handler in ((logging.getLogger(), logging.NullHandler()), (logging.getLogger("graft"), _Say())):
-        if not any(isinstance(old, type(handler)) for old in logger.handlers):
-            logger.addHandler(handler)
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"graft\b")
-    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
-    if "transformers" in sys.modules:  # only when called from Python: the variables above came too late
-        sys.modules["transformers"].utils.logging.disable_progress_bar()

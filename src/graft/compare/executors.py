@@ -127,6 +127,9 @@ class Local:
                 worker.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 worker.process.kill()
+            for pipe in (worker.process.stdin, worker.process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe and pipe.close()
         self.workers = [None] * len(self.workers)
 
 

@@ -41,7 +41,7 @@ def compare(settings: Compare, *, retry: bool = False, console: Console | None =
 
     Args:
         settings: of the comparison (`load_compare`).
-        retry: do failed runs again.
+        retry: do runs again that failed or were skipped.
         console: where a line for each run goes; None: the terminal.
 
     Returns:
@@ -67,7 +67,7 @@ def compare(settings: Compare, *, retry: bool = False, console: Console | None =
             flows.pop(entry.label).close()
             book.end(entry, Chosen(None, [{"status": "skipped", "why": why}]))
         if retry:
-            _forget_failed(folder)
+            _forget_bad(folder)
         try:
             with opened(settings.executor) as executor:
                 _drive(flows, {entry.label: entry for entry in lines}, executor, book)
@@ -197,8 +197,8 @@ def _hash(rows: Sequence[Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _forget_failed(folder: Path) -> None:
+def _forget_bad(folder: Path) -> None:
     for file in folder.glob(f"{RUNS}/*/*/{ROW}"):
         with contextlib.suppress(ValueError, KeyError):
-            if json.loads(file.read_text(encoding="utf-8"))["status"] == "failed":
+            if json.loads(file.read_text(encoding="utf-8"))["status"] != "ok":
                 shutil.rmtree(file.parent)

@@ -98,8 +98,8 @@ class Worker:
             shutil.rmtree(result.folder, ignore_errors=True)
             return row
         row |= self._measured(run, result, unit["measure"], classify, tokenizer)
-        if unit["measure"]["keep"] == "results":
-            shutil.rmtree(result.folder, ignore_errors=True)
+        left = result.folder if unit["measure"]["keep"] == "results" else result.folder / "checkpoints"
+        shutil.rmtree(left, ignore_errors=True)
         return row
 
     def _measured(

@@ -1,0 +1,160 @@
+"""Whole comparisons of tiny models: what is found, what is skipped, and that killed ones come to the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compare_here import Here
+from rich.console import Console
+
+from graft.compare.run import compare
+from graft.compare.settings import Compare, make_compare
+from graft.errors import ConfigError, DataError
+
+QUIET = Console(quiet=True)
+SOURCE = Path(__file__).parents[2] / "src"
+TIMES = ("seconds", "training_its", "evaluation_its", "peak_bytes", "latency", "wall_seconds", "folder")
+
+
+def by_label(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["label"]: entry for entry in found["entries"]}
+
+
+def lasting(found: Any) -> Any:
+    """Findings without what the machine's load changes."""
+    if isinstance(found, dict):
+        return {key: lasting(value) for key, value in found.items() if key not in TIMES}
+    return [lasting(each) for each in found] if isinstance(found, list) else found
+
+
+def test_methods_seeds_and_baselines(settings: Callable[..., Compare], here: Here, tmp_path: Path) -> None:
+    methods = {
+        "lora": {"method": "lora", "rank": 4},
+        "bitfit": "bitfit",
+        "wild": {"method": "lora", "lrs": [1e38]},
+        "ia3": "ia3",
+    }
+    asked = settings(methods=methods, baselines={"icl": False}, latency=True)
+    found = compare(asked, console=QUIET)
+    entries = by_label(found)
+    assert list(entries) == ["lora", "bitfit", "wild", "ia3", "full", "base"]
+    assert entries["bitfit"]["status"] == "skipped" and "bias" in entries["bitfit"]["why"]
+    assert entries["wild"]["status"] == "failed" and "not finite" in entries["wild"]["why"]
+    run = entries["lora"]["runs"][1]
+    assert entries["lora"]["lr"] in (1e-3, 1e-2, 1e-1) and run["seed"] == 1
+    adapter = tmp_path / "out" / run["folder"] / "run" / "adapter"
+    assert run["adapter_bytes"] == sum(file.stat().st_size for file in adapter.rglob("*") if file.is_file())
+    assert run["latency"]["merged"] > 0 and run["latency"]["unmerged"] > 0 and run["peak_bytes"] > 10**7
+    assert run["counts"]["trainable"] < entries["full"]["runs"][0]["counts"]["trainable"]
+    best = min(entry["runs"][0]["quality"]["loss"] for label, entry in entries.items() if label in ("lora", "full"))
+    assert best < entries["base"]["runs"][0]["quality"]["loss"]
+    assert found["budget"]["steps"] == 4 and found["data"]["rows"] == {"train": 40, "eval": 12, "test": 12}
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found
+
+
+def test_again_runs_nothing_and_a_change_runs_what_it_changes(settings: Callable[..., Compare], here: Here) -> None:
+    first = compare(settings(), console=QUIET)
+    count = len(here.done)
+    assert count == 3 + 2 + 1
+    assert lasting(compare(settings(), console=QUIET)) == lasting(first) and len(here.done) == count
+    compare(settings(seeds=3), console=QUIET)
+    assert [unit["seed"] for unit in here.done[count:]] == [2]
+    count = len(here.done)
+    found = compare(settings(methods=["lora", "ia3"]), console=QUIET)
+    assert {unit["label"] for unit in here.done[count:]} == {"ia3"} and len(found["entries"]) == 3
+
+
+def test_failed_runs_are_done_again_on_request(settings: Callable[..., Compare], here: Here) -> None:
+    asked = settings(methods={"wild": {"method": "lora", "lrs": [1e38]}})
+    compare(asked, console=QUIET)
+    count = len(here.done)
+    compare(asked, console=QUIET)
+    assert len(here.done) == count
+    compare(asked, console=QUIET, retry=True)
+    assert [unit["label"] for unit in here.done[count:]] == ["wild", "wild"]
+
+
+def test_a_held_out_share_is_the_same_for_every_seed(
+    settings: Callable[..., Compare], rows: dict[str, str], here: Here
+) -> None:
+    asked = settings(data={"train": rows["train"], "eval": 0.2, "template": "plain"}, test=None, search={"lrs": [1e-2]})
+    found = compare(asked, console=QUIET)
+    assert {unit["run"]["data"]["eval_seed"] for unit in here.done} == {0}
+    assert any("too good" in note for note in found["notes"])
+
+
+def test_killed_twice_comes_to_the_same(settings: Callable[..., Compare], here: Here, tmp_path: Path) -> None:
+    """SIGKILL to the command in the middle of runs; its workers end by themselves, and the next start goes on."""
+    whole = compare(settings(output=str(tmp_path / "whole")), console=QUIET)
+    file = tmp_path / "killed.yaml"
+    asked = settings(output=str(tmp_path / "killed")).model_dump(mode="json")
+    file.write_text(yaml.safe_dump(asked), encoding="utf-8")
+    for kills in (1, 3):
+        process = _started(file)
+        _wait_for(tmp_path / "killed", kills, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = _started(file)
+    assert process.wait(300) == 0
+    killed = json.loads((tmp_path / "killed" / "compare.json").read_text())
+    assert lasting(killed["entries"]) == lasting(whole["entries"])
+    assert len(list((tmp_path / "killed").glob("runs/*/*/row.json"))) == 6
+
+
+def _started(file: Path) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "graft", "compare", str(file)], env=env, stdout=subprocess.DEVNULL)
+
+
+def _wait_for(folder: Path, rows: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 200
+    while len(list(folder.glob("runs/*/*/row.json"))) < rows:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"methods": {"base": "lora"}}, "cannot be a label"),
+        ({"methods": {"x": {"method": "lora", "rnk": 3}}}, "methods.x"),
+        ({"methods": {"x": {"method": "lora", "lrs": [0]}}}, "methods.x"),
+        ({"methods": ["lora", "lora"]}, "twice"),
+        ({"methods": [], "baselines": {"full": False}}, "name at least one"),
+        ({"seeds": [1, 1]}, "different seeds"),
+        ({"metrics": ["blue"]}, "bleu"),
+        ({"serch": {}}, "search"),
+        ({"search": {"lrs": []}}, "search.lrs"),
+    ],
+)
+def test_bad_settings(settings: Callable[..., Compare], parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(settings(**parts), console=QUIET)
+
+
+def test_bad_data_is_said_once_and_nothing_is_written(settings: Callable[..., Compare], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing"):
+        compare(settings(data={"train": str(tmp_path / "nothing.jsonl"), "eval": 0.1}), console=QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_rows_are_needed(base: str, rows: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval"):
+        make_compare({"base": base, "methods": ["lora"], "data": {"train": rows["train"]}, "output": "out"})
+
+
+def test_a_folder_of_something_else(settings: Callable[..., Compare], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="something else"):
+        compare(settings(), console=QUIET)
