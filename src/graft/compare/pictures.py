@@ -13,18 +13,19 @@ from statistics import fmean
 from typing import Any
 
 from graft.compare.field import Entry
-from graft.compare.table import COLUMNS, Row, Summary, shown
+from graft.compare.table import COLUMNS, COSTS, Column, Row, Summary, shown
 
 INK, FRONT, OTHER = "#222222", "#0072B2", "#7a7a7a"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart; their yellow is too light for a line on white."""
 DASHES = ("-", "--", ":", "-.")
 MARKERS = {"method": "o", "icl": "D", "base": "s"}
-NAMES = 12
-"""Curves whose names stand beside the picture; more are drawn, by rank, in grey."""
+NAMES = 14
+"""Points that have their names beside them, more have numbers; and curves in colour, by rank, more are grey."""
+Point = tuple[float, float]
 
 
-def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> list[int]:
+def front(points: Sequence[Point], higher_is_better: bool = True) -> list[int]:
     """The places of the points that no other beats, cheapest first.
 
     A point (cost, quality) is beaten by one that is no worse in both and better in one.
@@ -52,19 +53,19 @@ def curves_of(entry: Entry, key: str) -> list[tuple[float, float, float, float]]
 def pareto(summary: Summary, files: Sequence[Path]) -> None:
     """Quality against the cost of the summary, with intervals and the front; by suffix into each file."""
     rows = [row for row in summary.rows if row.quality is not None and row.values[summary.cost] is not None]
-    with _figure(files, (8, 5 + 0.04 * len(rows))) as figure:
+    with _figure(files, (8 if len(rows) <= NAMES else 11, 5 + 0.04 * len(rows))) as figure:
         axes = figure.add_subplot()
         column = next(column for column in COLUMNS if column.key == summary.cost)
-        axes.set_xlabel(column.head + ("" if column.better is None else f" ({column.better}er is better)"))
+        axes.set_xlabel(f"{COSTS[summary.cost]} (lower is better)")
         direction = "higher" if summary.compared.higher_is_better else "lower"
         axes.set_ylabel(f"{summary.compared.metric} ({direction} is better), 95 % intervals")
         axes.set_title(summary.compared.title, fontsize=10)
         if not rows:
-            _nothing(axes, f"no run has both {summary.compared.metric} and {column.head}")
+            _nothing(axes, f"no run has both {summary.compared.metric} and {COSTS[summary.cost]}")
             return
         points = [(float(row.values[summary.cost] or 0), row.quality.mean) for row in rows if row.quality]
         best = front(points, summary.compared.higher_is_better)
-        _scale(axes, [x for x, _ in points], lambda value, _: shown(column, value))
+        _scale(axes, [x for x, _ in points], lambda value, _: _tick(column, value))
         axes.plot(
             *zip(*(points[place] for place in best), strict=True), color=FRONT, alpha=0.45, drawstyle="steps-post"
         )
@@ -75,7 +76,7 @@ def pareto(summary: Summary, files: Sequence[Path]) -> None:
                 [x], [y], MARKERS[row.entry.kind], color=color, markerfacecolor=color if place in best else "white"
             )
         axes.margins(x=0.12, y=0.1)
-        _name(figure, axes, [row.entry.label for row in rows], points, best)
+        _names(figure, axes, [row.entry.label for row in rows], points, best)
 
 
 def curves(summary: Summary, files: Sequence[Path]) -> None:
@@ -94,21 +95,14 @@ def curves(summary: Summary, files: Sequence[Path]) -> None:
         for _, points in drawn[NAMES:]:
             axes.plot([p[0] for p in points], [p[1] for p in points], color="#bbbbbb", linewidth=0.8, zorder=1)
         styles = itertools.product(DASHES, COLORS)
-        for (label, points), (dash, color) in zip(drawn[:NAMES], styles, strict=False):
+        lines, marker = [], "." if key == "eval_loss" else ""
+        for (_, points), (dash, color) in zip(drawn[:NAMES], styles, strict=False):
             steps, means, lows, highs = zip(*points, strict=True)
-            axes.plot(
-                steps,
-                means,
-                dash,
-                color=color,
-                linewidth=1.6,
-                label=_shorter(label),
-                marker="." if key != "loss" else "",
-            )
+            lines += axes.plot(steps, means, dash, color=color, linewidth=1.6, marker=marker)
             axes.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
+        names = [f" {_shorter(label)}" for label, _ in drawn[:NAMES]]  # a leading underscore would hide it
         rest = f"and {len(drawn) - NAMES} more in grey" if len(drawn) > NAMES else None
-        handles, labels = axes.get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, title=rest)
+        legend = figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize=9, title=rest)
         legend.get_title().set_fontsize(9)
 
 
@@ -159,6 +153,13 @@ def _scale(axes: Any, xs: Sequence[float], text: Any) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(text))
 
 
+def _tick(column: Column, value: float) -> str:
+    """A number beside an axis: counts as 10k or 3M."""
+    if column.key != "trainable" or abs(value) < 1000:
+        return shown(column, value)
+    return f"{value / 1e3:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M" if abs(value) < 1e9 else f"{value / 1e9:g}B"
+
+
 def _interval_bar(axes: Any, row: Row, x: float, y: float, color: str) -> None:
     if row.quality is not None and row.quality.low is not None and row.quality.high is not None:
         axes.errorbar(
@@ -166,52 +167,68 @@ def _interval_bar(axes: Any, row: Row, x: float, y: float, color: str) -> None:
         )
 
 
-def _shorter(label: str, most: int = 28) -> str:
-    """One line of a label; a leading underscore would hide it from the legend."""
+def _shorter(label: str, most: int = 34) -> str:
+    """One line of a label, cut in the middle, where long labels tend to be the same."""
     text = " ".join(label.split()) or "?"
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    return f"\u200b{text}" if text.startswith("_") else text
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
-def _name(
-    figure: Any, axes: Any, labels: Sequence[str], points: Sequence[tuple[float, float]], best: Sequence[int]
-) -> None:
-    """Write each name at the first free place around its point, the front's first; numbers where no place is free."""
+def _names(figure: Any, axes: Any, labels: Sequence[str], points: Sequence[Point], best: Sequence[int]) -> None:
+    """Write each name at the first free place around its point, the front's first; of many points only numbers."""
     from matplotlib.transforms import Bbox
 
+    texts = [_shorter(label) for label in labels]
+    if len(labels) > NAMES:
+        _key(figure, texts)
+        texts = [str(number + 1) for number in range(len(labels))]
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
     room = axes.get_window_extent(renderer)
-    centers = [axes.transData.transform(point) for point in points]
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in centers]
-    order = [*best, *(place for place in range(len(points)) if place not in best)]
-    left: list[int] = []
-    for place in order:
-        text = _shorter(labels[place])
-        for dx, dy in _places():
-            note = axes.annotate(
-                text,
-                points[place],
-                (dx, dy),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=INK,
-                ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                va="center",
-                arrowprops={"arrowstyle": "-", "color": OTHER, "alpha": 0.6, "lw": 0.6}
-                if math.hypot(dx, dy) > 14
-                else None,
-            )
-            box = note.get_window_extent(renderer) if note.arrowprops is None else _text_box(note, renderer)
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in axes.transData.transform(points)]
+    for (x, y), (right, top) in itertools.pairwise(axes.transData.transform([points[place] for place in best])):
+        taken.append(Bbox.from_extents(x, y - 1, right, y + 1))
+        taken.append(Bbox.from_extents(right - 1, min(y, top), right + 1, max(y, top)))
+    for place in sorted(range(len(points)), key=lambda place: place not in best):
+        for offset in _places():
+            note = _note(axes, texts[place], points[place], offset)
+            box = _text_box(note, renderer)
             inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             note.remove()
-        else:
-            left.append(place)
-    if left:
-        figure.supxlabel(f"{len(left)} without a name for want of room: see the table", fontsize=8, color=OTHER)
+
+
+def _key(figure: Any, texts: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [f"{number + 1}  {text}" for number, text in enumerate(texts)]
+    figure.legend(
+        [Line2D([], [], linestyle="none")] * len(lines),
+        lines,
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+        handlelength=0,
+        ncols=math.ceil(len(lines) / 32),
+    )
+
+
+def _note(axes: Any, text: str, point: Point, offset: tuple[float, float]) -> Any:
+    dx, dy = offset
+    line = {"arrowstyle": "-", "color": OTHER, "alpha": 0.6, "lw": 0.6} if math.hypot(dx, dy) > 14 else None
+    return axes.annotate(
+        text,
+        point,
+        offset,
+        textcoords="offset points",
+        fontsize=8.5,
+        color=INK,
+        ha="left" if dx > 0 else "right" if dx < 0 else "center",
+        va="center",
+        arrowprops=line,
+    )
 
 
 def _text_box(note: Any, renderer: Any) -> Any:

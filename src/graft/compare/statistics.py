@@ -17,8 +17,8 @@ from graft.errors import DataError
 
 CONSTANT = 1e-12
 """Values that lie closer together than this share of their size differ by rounding alone."""
-SETS = 6
-"""Sets of methods that do not differ which the verdict names in words; the pair table has all."""
+NAMED, SETS = 8, 6
+"""How many methods of a set, and how many sets that do not differ, the sentences name; the fields have all."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _cheapest_line(best: str, cheapest: str, costs: Mapping[str, float | None], 
     price, top = costs[cheapest], costs.get(best)
     if cheapest == best:
         return f"The cheapest of these: {best} itself ({_number(price)} {cost})."
-    beside = "" if top is None else f", {best} {_number(top)}"
+    beside = "" if top is None else f", against {_number(top)} of {best}"
     return f"The cheapest of these: {cheapest} ({_number(price)} {cost}{beside})."
 
 
@@ -255,7 +255,7 @@ def _tie_lines(ties: list[list[str]]) -> Iterator[str]:
     for tie in ties[:SETS]:
         yield f"These do not differ from each other: {_list(tie)}."
     if len(ties) > SETS:
-        yield f"{len(ties) - SETS} more such sets are in the table of pairs."
+        yield f"{len(ties) - SETS} more such sets follow from the table of pairs."
 
 
 def _how(tested: Sequence[Pair], level: float) -> Iterator[str]:
@@ -265,7 +265,13 @@ def _how(tested: Sequence[Pair], level: float) -> Iterator[str]:
 
 
 def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    """The names in words; those with commas inside are kept apart by semicolons, and of many the last are counted."""
+    comma = "; " if any("," in name for name in names) else ", "
+    if len(names) > NAMED + 1:
+        return f"{comma.join(names[:NAMED])}{comma}and {len(names) - NAMED} others"
+    if len(names) < 3:
+        return " and ".join(names)
+    return f"{comma.join(names[:-1])}{comma.rstrip() if comma == '; ' else ''} and {names[-1]}"
 
 
 def _seeds(count: int) -> str:
@@ -301,7 +307,7 @@ def _holm(ps: Sequence[float]) -> list[float]:
 
 
 def _ties(ranked: Sequence[str], tested: Sequence[Pair]) -> list[list[str]]:
-    """The largest sets (maximal cliques, Bron and Kerbosch 1973, with a pivot) of which no two differ or are undecided."""
+    """The largest sets of which no two differ or are undecided: maximal cliques (Bron and Kerbosch 1973)."""
     near: dict[str, set[str]] = {name: set() for name in ranked}
     for pair in tested:
         if pair.differ is False and not pair.undecided:
