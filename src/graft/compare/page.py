@@ -43,7 +43,8 @@ def table(heads: Sequence[str], rows: Iterable[str], caption: str, kind: str = "
     label = f' id="{name}"' if name else ""
     return (
         f'<div class="scroll {kind}" role="region" aria-label="{text(caption)}" tabindex="0">'
-        f'<table class="sortable"{label}><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<table class="sortable"{label}><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -72,10 +73,9 @@ def field(summary: Summary) -> str:
     heads = [
         head("label", "text"),
         head("method", "text"),
-        head(f"{compared.metric} (95 %)", "wrap", "Mean over the seeds and half its interval", better, better),
+        head(f"{compared.metric} (95\u00a0%)", "wrap", "Mean over the seeds and half its interval", better, better),
         head("seeds", "", "Runs that came to their end", "descending"),
         *(head(c.head, "wrap", c.how, "descending" if c.better == "high" else "ascending") for c in columns),
-        head("note", "text"),
     ]
     rows = [_line(summary, row, [(c.key, shown(c, row.values[c.key])) for c in columns]) for row in summary.rows]
     how = [("quality", _quality_how(compared)), *((c.head, c.how) for c in columns)]
@@ -100,7 +100,7 @@ def _line(summary: Summary, row: Row, cells: Sequence[tuple[str, str]]) -> str:
     if label == found.cheapest:
         tags.append('<span class="tag">cheapest of the best</span>')
     elif label in found.same_as_best and label not in found.undecided:
-        tags.append('<span class="tag plain">same as best</span>')
+        tags.append('<span class="tag plain">does not differ</span>')
     elif label in found.undecided:
         tags.append('<span class="tag plain">undecided</span>')
     if row.entry.status != "ok":
@@ -108,11 +108,13 @@ def _line(summary: Summary, row: Row, cells: Sequence[tuple[str, str]]) -> str:
     kind = "best" if label == found.best else "none" if row.quality is None else ""
     values = "".join(number(row.values[key], words) for key, words in cells)
     mean = number(None if row.quality is None else row.quality.mean, quality_text(row))
+    runs = 0 if row.quality is None else row.quality.n
     link = f'<a href="#{anchor(summary, label)}">{text(label)}</a>'
+    why = f'<span class="why">{text(row.note)}</span>' if row.note else ""
     return (
-        f'<tr class="{kind}"><th scope="row" class="text" data-value="{text(label)}">{link} {" ".join(tags)}</th>'
+        f'<tr class="{kind}"><th scope="row" class="text" data-value="{text(label)}">{link} {" ".join(tags)}{why}</th>'
         f'<td class="text">{text(row.entry.method or row.entry.kind)}</td>{mean}'
-        f'{number(0 if row.quality is None else row.quality.n)}{values}<td class="text note">{text(row.note)}</td></tr>'
+        f"{number(runs, str(runs))}{values}</tr>"
     )
 
 
@@ -140,8 +142,8 @@ def pareto(summary: Summary) -> str:
         f'<div class="controls">{choice("pareto-y", "Up:", "quality")}{choice("pareto-x", "Across:", across)}</div>'
         '<div class="picture" id="pareto"><div class="tip" hidden></div></div>'
         '<p class="hint" id="pareto-words" aria-live="polite"></p>'
-        '<p class="hint">Circles are methods, diamonds in-context learning, squares the base; filled ones are on the front: '
-        "none is better in both. Bars are 95 % intervals.</p>"
+        '<p class="hint">Circles are methods, diamonds in-context learning, squares the base; filled ones are on the '
+        "front: none is better in both. Bars are 95 % intervals.</p>"
     )
 
 
@@ -155,7 +157,7 @@ def curves(summary: Summary) -> str:
     return (
         f'<div class="controls"><label>Curve: <select id="curves-key">{options}</select></label></div>'
         '<div class="picture curves" id="curves"></div><ul class="legend" id="curves-legend"></ul>'
-        '<p class="hint">Lines are means over the seeds, bands their range.<span class="screen"> Buttons pick out lines.</span></p>'
+        '<p class="hint">Lines are means over the seeds, bands their range. A button picks out its line.</p>'
     )
 
 
@@ -199,18 +201,20 @@ def pairs(summary: Summary) -> str:
         return "<p>Fewer than two entries have a quality, so there is nothing to test.</p>"
     words = ("a", "b", "a − b", "95 % interval", "t", "df", "p", "p, Holm", "verdict")  # noqa: RUF001
     heads = [head(each, "text" if each in ("a", "b", "verdict") else "") for each in words]
-    shape = table(heads, [_pair(pair, summary.level) for pair in found], "Pairs", "tall")
+    shape = table(heads, [_pair(pair) for pair in found], "Pairs", "tall")
     note = (
-        f'<p class="hint">Welch\'s t-test of the mean {text(summary.compared.metric)} over the seeds; the last p is corrected '
-        f"by Holm over all pairs. They differ where it is at most {summary.level:g}; where only the p of the pair alone is, "
-        "the pair is undecided.</p>"
+        f'<p class="hint">Welch\'s t-test of the mean {text(summary.compared.metric)} over the seeds; the last p is '
+        f"corrected by Holm over all pairs. They differ where it is at most {summary.level:g}; where only the p of the "
+        "pair alone is, the pair is undecided.</p>"
     )
     if len(found) > CLOSED:
-        return f"{note}<details><summary>{len(found)} pairs</summary>{shape}</details>"
+        return (
+            f'{note}<details class="long"><summary>{len(found)} pairs (all in summary.json)</summary>{shape}</details>'
+        )
     return note + shape
 
 
-def _pair(pair: Pair, level: float) -> str:
+def _pair(pair: Pair) -> str:
     start = f'<tr><th scope="row" class="text">{text(pair.a)}</th><td class="text">{text(pair.b)}</td>'
     test = pair.test
     if test is None:
@@ -220,7 +224,8 @@ def _pair(pair: Pair, level: float) -> str:
     between = f"{short(test.low)} to {short(test.high)}"
     return (
         f"{start}{number(test.difference)}{number(test.low, between)}{number(test.t)}{number(test.df)}{number(test.p)}"
-        f'{number(pair.adjusted)}<td class="text"><span class="{tag}">{verdict}</span> {text(test.note or " ")}</td></tr>'
+        f'{number(pair.adjusted)}<td class="text"><span class="{tag}">{verdict}</span> {text(test.note or " ")}'
+        "</td></tr>"
     )
 
 
@@ -243,7 +248,7 @@ def _entry(summary: Summary, row: Row) -> str:
     if entry.runs:
         parts.append(_part("Seeds", _runs(entry.runs)))
     return (
-        f'<details id="{anchor(summary, entry.label)}"><summary>{text(entry.label)}{text(value) if value else ""}</summary>'
+        f'<details id="{anchor(summary, entry.label)}"><summary>{text(entry.label + value)}</summary>'
         f"{''.join(parts)}</details>"
     )
 
@@ -275,7 +280,8 @@ def _tried(entry: Entry, compared: Compared) -> str:
     words = ("rung", "learning rate", "steps", str(metric), "seconds", "status")
     heads = [head(each, "text" if each == "status" else "") for each in words]
     rows = [
-        f"<tr>{number(one.rung)}{number(one.lr, None if one.lr is None else f'{one.lr:g}')}{number(one.steps, _whole(one.steps))}"
+        f"<tr>{number(one.rung, _whole(one.rung))}{number(one.lr, None if one.lr is None else f'{one.lr:g}')}"
+        f"{number(one.steps, _whole(one.steps))}"
         f'{number(one.score)}{number(one.seconds)}<td class="text">{text(one.why or one.status)}</td></tr>'
         for one in entry.tried
     ]

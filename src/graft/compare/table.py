@@ -50,7 +50,7 @@ def size(value: float) -> str:
     """Bytes, in powers of 1,000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:,.0f} {unit}"
+            return f"{short(value / scale)} {unit}"
     return f"{value:.0f} B"
 
 
@@ -193,7 +193,7 @@ def summarize(compared: Compared, cost: str = "trainable", level: float = 0.05) 
     rows.sort(key=lambda row: math.inf if row.quality is None else sign * row.quality.mean)
     costs = {row.entry.label: row.values.get(cost) for row in rows}
     found = verdict(
-        groups,
+        {row.entry.label: groups[row.entry.label] for row in rows},  # the pairs with the best come first
         costs,
         compared.higher_is_better,
         level,

@@ -22,10 +22,11 @@ function short(value) {
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
+const SIZES = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]];
 const SHOW = {
   count: value => value.toLocaleString("en", { maximumFractionDigits: 1 }),
   size: value => {
-    for (const [unit, scale] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) if (value >= scale) return `${Number((value / scale).toPrecision(3))} ${unit}`;
+    for (const [unit, scale] of SIZES) if (value >= scale) return `${short(value / scale)} ${unit}`;
     return `${Math.round(value)} B`;
   },
   short,
@@ -39,7 +40,7 @@ function brief(kind, value) {  // beside an axis: as short as it can be said
     for (const [unit, scale] of [["B", 1e9], ["M", 1e6], ["k", 1e3]]) if (Math.abs(value) >= scale) return Number((value / scale).toPrecision(3)) + unit;
   }
   if (kind === "over" || kind === "percent") return Number((100 * value).toPrecision(3)) + " %";
-  if (kind === "size") return SHOW.size(value);
+  if (kind === "size") for (const [unit, scale] of SIZES) if (value >= scale) return `${Number((value / scale).toPrecision(3))} ${unit}`;
   return String(Number(value.toPrecision(4)));
 }
 
@@ -292,7 +293,7 @@ addEventListener("resize", () => {
 });
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details:not([open])")];
+  opened = [...document.querySelectorAll("details:not([open], .long)")];
   opened.forEach(each => { each.open = true; });
 });
 addEventListener("afterprint", () => opened.forEach(each => { each.open = false; }));
