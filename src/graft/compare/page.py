@@ -54,6 +54,7 @@ def head(words: str, kind: str = "", title: str = "", first: str = "", now: str 
     attributes += f' title="{text(title)}"' if title else ""
     attributes += f' data-first="{first}"' if first else ""
     attributes += f' aria-sort="{now}"' if now else ""
+    attributes += f' data-words="{text(words)}"'  # a browser does not print buttons in repeated heads
     return f'<th scope="col"{attributes}><button type="button">{text(words)}</button></th>'
 
 

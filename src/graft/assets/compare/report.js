@@ -179,6 +179,7 @@ function named(group, p, a, b, taken, width, height) {  // the name at the first
       const hit = taken.some(t => own.x < t.x + t.width && t.x < own.x + own.width && own.y < t.y + t.height && t.y < own.y + own.height);
       if (inside && !hit) {
         taken.push(own);
+        if (far > 11) node("line", { class: "bar", x1: a + dx * 8, y1: b + dy * 8, x2: a + dx * (far - 2), y2: b + dy * (far - 2) }, group);
         return true;
       }
     }
@@ -292,8 +293,16 @@ addEventListener("resize", () => {
   waiting = requestAnimationFrame(draw);
 });
 let opened = [];
+function forPaper(on) {  // pictures are drawn anew at the width of the paper, or their letters would shrink
+  for (const box of document.querySelectorAll(".picture")) box.style.width = on ? "660px" : "";
+  draw();
+}
 addEventListener("beforeprint", () => {
   opened = [...document.querySelectorAll("details:not([open], .long)")];
   opened.forEach(each => { each.open = true; });
+  forPaper(true);
 });
-addEventListener("afterprint", () => opened.forEach(each => { each.open = false; }));
+addEventListener("afterprint", () => {
+  opened.forEach(each => { each.open = false; });
+  forPaper(false);
+});
