@@ -306,3 +306,9 @@ addEventListener("afterprint", () => {
   opened.forEach(each => { each.open = false; });
   forPaper(false);
 });
+function unfold() {  // a link to an entry opens it
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  if (target && target.tagName === "DETAILS") target.open = true;
+}
+addEventListener("hashchange", unfold);
+unfold();
