@@ -21,8 +21,10 @@ from graft.compare import after
 from graft.compare.book import FOUND, Book
 from graft.compare.executors import LOST, Executor, opened
 from graft.compare.grid import ROW, RUNS, Entry, Grid, Row, Unit, entries, read_row, run_of
+from graft.compare.report import write_report
 from graft.compare.search import Chosen, Flow, flow
 from graft.compare.settings import Compare
+from graft.compare.table import terminal
 from graft.errors import ConfigError, GraftError
 from graft.evaluate import metrics as measures
 from graft.evaluate.run import default_metrics
@@ -73,6 +75,11 @@ def compare(settings: Compare, *, retry: bool = False, console: Console | None =
                 _drive(flows, {entry.label: entry for entry in lines}, executor, book)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {folder} keeps what is done, the same command goes on from there") from None
+    summary = write_report(folder)
+    console.print(terminal(summary))
+    for line in summary.verdict.lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{folder / 'report.html'} has all of it", highlight=False, soft_wrap=True, markup=False)
     return book.found
 
 
