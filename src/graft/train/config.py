@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -25,27 +24,17 @@ from pydantic import (
 )
 
 from graft.errors import ConfigError
-from graft.method import REGISTRY, Method, from_dict, nearest
-from graft.settings import tuples
+from graft.method import REGISTRY, Method, from_dict
+from graft.settings import Number, Settings, explain, number, read_yaml, tuples
 
 DEFAULT_METHOD = "lora"
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 as text, because it has no dot; people write it all the same."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _numbers(value: Any) -> Any:
-    """As `_number`, inside of tuples and dicts too."""
+    """As `number`, inside of tuples and dicts too."""
     if isinstance(value, dict):
         return {key: _numbers(each) for key, each in value.items()}
-    return tuple(map(_numbers, value)) if isinstance(value, tuple) else _number(value)
+    return tuple(map(_numbers, value)) if isinstance(value, tuple) else number(value)
 
 
 def _method(value: Any) -> Method:
@@ -82,7 +71,6 @@ def _typed(method: type[Method], key: str, value: Any) -> Any:
         raise ConfigError(f"method.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
 
 
-Number = Annotated[float, BeforeValidator(_number)]
 MethodField = Annotated[
     Any,
     BeforeValidator(_method),
@@ -91,11 +79,7 @@ MethodField = Annotated[
 ]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LimitSettings(_Settings):
+class LimitSettings(Settings):
     """What the data report accepts before it refuses to train."""
 
     truncated: Annotated[Number, Field(ge=0, le=1)] = 0.05
@@ -108,7 +92,7 @@ class LimitSettings(_Settings):
     """Most evaluation rows whose question stands in training too."""
 
 
-class DataSettings(_Settings):
+class DataSettings(Settings):
     """Where the rows come from, and how they become tokens."""
 
     train: str
@@ -146,7 +130,7 @@ class DataSettings(_Settings):
         return self
 
 
-class TrainSettings(_Settings):
+class TrainSettings(Settings):
     """How the adapter is trained. `every` settings count optimizer steps."""
 
     lr: Annotated[Number, Field(gt=0)] = 2e-4
@@ -185,7 +169,7 @@ class TrainSettings(_Settings):
     """auto: as the base is; bf16: autocast over an fp32 base, where the device has bf16."""
 
 
-class Run(_Settings):
+class Run(Settings):
     """One training, completely. `method` is a Graft method; all else is plain data."""
 
     base: str
@@ -233,17 +217,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: no such file, no valid YAML, an unknown key (with the nearest known one), or a wrong type.
     """
-    file = Path(path).expanduser()
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the YAML file of a run") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected keys such as base, data and output, not {type(settings).__name__}")
+    settings = read_yaml(path, "run", "base, data and output")
     for override in overrides:
         _override(settings, override)
     return make_run(settings, str(path))
@@ -258,7 +232,7 @@ def make_run(settings: dict[str, Any], where: str = "run") -> Run:
     try:
         return Run.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error, settings)}") from None
+        raise ConfigError(f"{where}: {explain(error, settings, Run, 'run')}") from None
 
 
 def schema() -> dict[str, Any]:
@@ -296,40 +270,3 @@ def _override(settings: dict[str, Any], override: str) -> None:
     if key == "method" and isinstance(value, str):
         value = {"method": value}
     place[last] = value
-
-
-def _explain(error: ValidationError, settings: dict[str, Any]) -> str:
-    """The first complaint in one line: unknown keys first, because a typing slip often causes the others."""
-    complaints = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first = complaints[0]
-    place = [str(part) for part in first["loc"]]
-    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
-    key = ".".join(_known_part(place, settings))
-    if first["type"] == "extra_forbidden":
-        parent = _fields(place[:-1])
-        return f"{key}: unknown key; {nearest(place[-1], parent)}{more}"
-    if first["type"] == "value_error":
-        return f"{first['ctx']['error']}{more}"
-    if first["type"] == "missing":
-        return f"{key}: missing; every run needs it{more}"
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}{more}"
-
-
-def _known_part(place: list[str], settings: Any) -> list[str]:
-    """The keys of a place without the names that pydantic adds for the branches of a union."""
-    kept = []
-    for part in place:
-        if isinstance(settings, dict) and part in settings:
-            settings = settings[part]
-        elif not isinstance(settings, dict):
-            break
-        kept.append(part)
-    return kept
-
-
-def _fields(place: list[str]) -> list[str]:
-    """The keys that the settings at this place know."""
-    model: Any = Run
-    for part in place:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
