@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from graft.disk import LOCK, locked, write_text
+from graft.disk import LOCK, write_text
 from graft.errors import ConfigError
 from graft.train.config import Run, make_run
 from graft.train.setup import Data
