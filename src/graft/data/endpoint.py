@@ -106,7 +106,8 @@ class Endpoint:
         self.settings, self.url, self._key = settings, address(settings), key(settings)
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-        self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits)
+        secure = self.url.startswith("https")  # without TLS no certificates need to be read, which takes a while
+        self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, verify=secure)
 
     async def __aenter__(self) -> Endpoint:
         await self._client.__aenter__()

@@ -33,7 +33,7 @@ class Job:
 
     key: str
     item: Item
-    output: int
+    sample: int
     request: dict[str, Any]
     asked: str
     """The prompt as the model gets it."""
@@ -73,9 +73,9 @@ def jobs_of(items: Sequence[Item], settings: GenerateSettings) -> list[Job]:
             asked = asked_of(item, settings)
             system = next((turn.content for turn in item.messages if turn.role == "system"), None)
             request = body(settings, asked, system)
-            for output in range(settings.n):
-                key = digest([request, settings.api, item.source, item.row.index, item.template, output])
-                found.setdefault(key, Job(key, item, output, request, asked))
+            for sample in range(settings.n):
+                key = digest([request, settings.api, item.source, item.row.index, item.template, sample])
+                found.setdefault(key, Job(key, item, sample, request, asked))
     return list(found.values())
 
 
@@ -117,7 +117,7 @@ def generate(
         for job in jobs_of([item], settings):
             if job.key in answers:
                 line = answers[job.key]
-                said = {"output": line["output"]} | {name: line.get(name) for name in PROVENANCE}
+                said = {"sample": line["sample"]} | {name: line.get(name) for name in PROVENANCE}
                 done.items.append(dataclasses.replace(item, completion=line["text"].strip(), provenance=said))
     return done
 
@@ -167,7 +167,7 @@ def _fault(line: dict[str, Any], job: Job, settings: GenerateSettings) -> str | 
 def _where(job: Job) -> str:
     parts = [f"{job.item.source} row {job.item.row.index}"]
     parts += [f"template {job.item.template}"] if job.item.template is not None else []
-    return ", ".join([*parts, f"answer {job.output + 1}"] if job.output else parts)
+    return ", ".join([*parts, f"answer {job.sample + 1}"] if job.sample else parts)
 
 
 class _Run:
@@ -287,7 +287,7 @@ class _Run:
             "source": item.source,
             "row": item.row.index,
             "template": item.template,
-            "output": job.output + 1,
+            "sample": job.sample + 1,
         }
 
     def _line(self, job: Job, answer: Answer, endpoint: Endpoint, attempt: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 | line | fields |
 |---|---|
-| an answer | key, source, row, template, output, text, and where it comes from (see `PROVENANCE`) |
-| a failure | key, source, row, template, output, failed: why |
+| an answer | key, source, row, template, sample, text, and where it comes from (see `PROVENANCE`) |
+| a failure | key, source, row, template, sample, failed: why |
 | a charge | charged: why |
 
 Each may have a cost.
