@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import random
 import time
@@ -102,13 +103,9 @@ def generate(
         ConfigError: the next request could pass `max_cost`.
     """
     jobs = jobs_of(items, settings)
-    missing = [job for job in jobs if job.key not in journal.answers]
-    run = _Run(settings, journal, len(jobs), len(jobs) - len(missing), progress)
-    if missing:
-        asyncio.run(run.all(missing))
-    run.check()
+    failed = fetch(jobs, settings, journal, progress=progress)
     done = Generated([], len(jobs), cost=journal.cost)
-    done.failed = {_where(job): run.failed[job.key] for job in jobs if job.key in run.failed}
+    done.failed = {_where(job): failed[job.key] for job in jobs if job.key in failed}
     answers = _filtered(jobs, journal, settings, done)
     for item in items:
         if item.completion is not None:
@@ -118,8 +115,27 @@ def generate(
             if job.key in answers:
                 line = answers[job.key]
                 said = {"sample": line["sample"]} | {name: line.get(name) for name in PROVENANCE}
+                said = dict(item.provenance) | said
                 done.items.append(dataclasses.replace(item, completion=line["text"].strip(), provenance=said))
     return done
+
+
+def fetch(
+    jobs: Sequence[Job],
+    settings: GenerateSettings,
+    journal: Journal,
+    *,
+    progress: Progress | None = None,
+    what: str = "answers",
+) -> dict[str, str]:
+    """Ask for what the journal does not have: the keys of jobs without an answer, and why. Raises as `generate`."""
+    missing = [job for job in jobs if job.key not in journal.answers]
+    tell = functools.partial(progress, what) if progress is not None else None
+    run = _Run(settings, journal, len(jobs), len(jobs) - len(missing), tell)
+    if missing:
+        asyncio.run(run.all(missing))
+    run.check()
+    return run.failed
 
 
 def _filtered(
@@ -174,10 +190,15 @@ class _Run:
     """Workers that take jobs until there are none, or until something ends the run."""
 
     def __init__(
-        self, settings: GenerateSettings, journal: Journal, total: int, done: int, progress: Progress | None
+        self,
+        settings: GenerateSettings,
+        journal: Journal,
+        total: int,
+        done: int,
+        tell: Callable[[int, int], None] | None,
     ) -> None:
         self.settings, self.journal, self.total, self.done = settings, journal, total, done
-        self.progress = progress or (lambda what, done, total: None)
+        self.progress = tell or (lambda done, total: None)
         self.failed: dict[str, str] = {}
         self.stopped: GraftError | None = None
         self.enough = False
@@ -217,7 +238,7 @@ class _Run:
             if self.stopped is not None or self.enough:
                 return
             self.done += 1
-            self.progress("answers", self.done, self.total)
+            self.progress(self.done, self.total)
 
     async def _job(self, job: Job, endpoint: Endpoint) -> None:
         why = ""

@@ -103,6 +103,8 @@ def render(source: SourceSettings, rows: Sequence[Row], recipe: Recipe, every: b
     for row in rows:
         for number in _chosen(source, len(templates), row, recipe.seed, every):
             item = _item(source, row, task, None if number is None else templates[number], number)
+            if source.self_instruct is not None:
+                item = dataclasses.replace(item, provenance={"seeds": row.fields["seeds"]})
             items.append(_with_messages(item, source.system) if recipe.form == "messages" else _plain(item))
     return items
 

@@ -10,11 +10,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from graft.data.journal import Journal
 from graft.data.mixing import Taken, contaminated, mix, repeated, split
 from graft.data.recipe import OPERATIONAL, AgainstSettings, Recipe, make_recipe
 from graft.data.rows import Row
+from graft.data.self_instruct import invent, request_text
 from graft.disk import LOCK, locked, write_text
 from graft.errors import ConfigError, DataError
 from graft.settings import flat
@@ -86,14 +88,21 @@ def make(
     _check_inputs(folder, inputs)
     if (folder / REPORT).is_file():
         return Made(folder, json.loads((folder / REPORT).read_text(encoding="utf-8")), True)
-    pool = _pool(recipe, sources, questions)
-    mixed, taken = mix(pool.items, recipe)
+    if not (folder / SETTINGS).is_file():
+        _check_templates(recipe, sources)
     with locked(folder):
         write_text(folder / INPUTS, _json(inputs))
         write_text(folder / SETTINGS, _yaml(recipe))
-        made = _answered(recipe, mixed, folder, progress, tell or (lambda line: None))
+        with _journal(recipe, folder, tell or (lambda line: None)) as journal:
+            sources, left_out = _invented(recipe, sources, journal, progress)
+            pool = _pool(recipe, sources, questions)
+            mixed, taken = mix(pool.items, recipe)
+            made = Generated(mixed, 0)
+            if recipe.generate is not None and journal is not None:
+                made = generate(mixed, recipe.generate, journal, progress=progress)
+                made.dropped.update(left_out)
         if not made.items:
-            raise DataError("no rows are left to write; report and journal say what was left out")
+            raise DataError("no rows are left to write: all answers were left out; journal.jsonl has them")
         train, evaluation, groups = split(made.items, recipe.split, recipe.near, recipe.seed)
         report = _report(recipe, pool, taken, made, (train, evaluation, groups), inputs)
         _write(folder / "train.jsonl", train, recipe.form)
@@ -109,6 +118,10 @@ def preview(recipe: Recipe, count: int) -> str:
     for source in recipe.sources:
         rows = read_source(source.model_copy(update={"limit": min(count, source.limit or count)}))
         templates = templates_of(source, rows)
+        if source.self_instruct is not None and recipe.generate is not None:
+            parts += [f"{source.called}: {source.data}, seeds of new instructions, which it is asked for so", ""]
+            parts += [f"  {line}" for line in request_text(rows, recipe.generate.api).splitlines()]
+            continue
         parts.append(f"{source.called}: {source.data}, {len(templates) or 'no'} templates")
         for item in render(source, rows, recipe, every=True):
             through = f", template {item.template}" if item.template is not None else ""
@@ -205,20 +218,44 @@ def _rendered(recipe: Recipe, name: str, rows: list[Row]) -> list[Item]:
     return render(source, rows, recipe) if rows else []
 
 
-def _answered(
-    recipe: Recipe, mixed: list[Item], folder: Path, progress: Progress | None, tell: Callable[[str], None]
-) -> Generated:
+@contextlib.contextmanager
+def _journal(recipe: Recipe, folder: Path, tell: Callable[[str], None]) -> Iterator[Journal | None]:
+    """The folder's journal, for a recipe that asks an endpoint."""
     if recipe.generate is None:
-        return Generated(mixed, 0)
+        yield None
+        return
     journal = Journal(folder / JOURNAL)
     try:
         if journal.repaired:
             tell(f"{journal.path}: the last line was cut off by a kill and is removed; its prompt is asked again")
         if journal.answers:
             tell(f"{journal.path}: {len(journal.answers)} answers are there; only what is missing is asked")
-        return generate(mixed, recipe.generate, journal, progress=progress)
+        yield journal
     finally:
         journal.close()
+
+
+def _check_templates(recipe: Recipe, sources: dict[str, list[Row]]) -> None:
+    """Render each source's first row, so that a wrong template leaves no folder behind."""
+    for source in recipe.sources:
+        if source.self_instruct is None:
+            for item in render(source, sources[source.called][:1], recipe, every=True):
+                if item.completion is None and recipe.generate is not None:
+                    asked_of(item, recipe.generate)
+
+
+def _invented(
+    recipe: Recipe, sources: dict[str, list[Row]], journal: Journal | None, progress: Progress | None
+) -> tuple[dict[str, list[Row]], Counter[str]]:
+    """The sources, seeds replaced by the new instructions of a model; and what was left out of those."""
+    found, left_out = dict(sources), Counter[str]()
+    for source in recipe.sources:
+        if source.self_instruct is not None and journal is not None:
+            seeds = sources[source.called]
+            rows, dropped = invent(source, source.self_instruct, seeds, recipe, journal, progress)
+            found[source.called] = rows
+            left_out.update(dropped)
+    return found, left_out
 
 
 def _report(

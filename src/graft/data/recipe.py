@@ -34,6 +34,19 @@ class PromptTemplate(Settings):
     """`{answer}` is the label's word."""
 
 
+class SelfInstructSettings(Settings):
+    """How many new instructions a model writes after the source's, and how new they must be."""
+
+    count: Count
+    """New instructions, at most."""
+    shots: Count = 8
+    """Instructions that each request shows."""
+    rouge: Annotated[Number, Field(gt=0, le=1)] = 0.7
+    """One whose ROUGE-L with another reaches this is left out."""
+    requests: Count = 200
+    """Requests for instructions, at most."""
+
+
 class SourceSettings(Settings):
     """One set of annotated data, and how its rows become prompts and answers."""
 
@@ -60,6 +73,9 @@ class SourceSettings(Settings):
     answer: Literal["data", "endpoint"] = "data"
     """Who answers: the data's own column, or the model behind `generate`."""
 
+    self_instruct: SelfInstructSettings | None = None
+    """The rows are seeds of new instructions, which take their place."""
+
     @property
     def called(self) -> str:
         """Its name in rows, reports and errors."""
@@ -75,6 +91,10 @@ class SourceSettings(Settings):
             raise ConfigError(f"sources {self.called}: the endpoint answers; give templates as prompts alone")
         if self.answer == "endpoint" and self.verbalizer:
             raise ConfigError(f"sources {self.called}: the endpoint answers in its own words; leave verbalizer out")
+        if self.self_instruct is not None and (self.answer == "data" or self.templates or self.task):
+            raise ConfigError(
+                f"sources {self.called}: self_instruct needs 'answer: endpoint', and neither task nor templates"
+            )
         return self
 
 
