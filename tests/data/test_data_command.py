@@ -61,12 +61,6 @@ def test_a_run_takes_no_option_of_recipes(option: list[str]) -> None:
     assert code == 2 and err.startswith(f"error: {option[0]}: run.yaml is a run")
 
 
-def test_a_run_is_reported_as_before() -> None:
-    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n}?", "completion": "x"}) + "\n" for n in range(9)))
-    code, out, _ = called("run.yaml", "--json")
-    assert code == 0 and json.loads(out)["train"]["rows"] == 9
-
-
 def test_an_unknown_key_names_the_nearest() -> None:
     code, _, err = called("recipe.yaml", "dedupliacte=near")
     assert code == 2 and err == "error: recipe.yaml: dedupliacte: unknown key; did you mean 'deduplicate'?\n"

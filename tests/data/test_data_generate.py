@@ -123,7 +123,7 @@ FIRST = {
     "empty": answer(" \n"),
     "half a surrogate": answer("\ud800"),
     "too deep": Reply(200, b"[" * 200_000),
-    "huge": Reply(200, b" " * (8 * 2**20 + 1)),
+    "huge": Reply(200, json.dumps(answer("x").body).encode() + b" " * 2**23),
 }
 
 
@@ -324,7 +324,9 @@ def test_pace_by_a_clock_of_our_own() -> None:
     assert pace.delay(10, 1) == 20 and pace.delay(31, 1) == 0
 
 
-def test_requests_per_minute_hold_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When requests start, by a clock that only sleeping moves."""
     from graft.data import generate
 
     clock = [0.0]
@@ -339,8 +341,25 @@ def test_requests_per_minute_hold_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate.asyncio, "sleep", sleep)
     start = Pace.start
     monkeypatch.setattr(Pace, "start", lambda self, now, tokens: starts.append(now) or start(self, now, tokens))
+    return starts
+
+
+def test_requests_per_minute_hold_back(starts: list[float]) -> None:
     served(describe, {"requests_per_minute": 5, "concurrency": 1})
     assert len(starts) == 12 and starts[:5] == [0.0] * 5 and starts[5] >= 60 and starts[10] >= 120
+
+
+def test_nobody_asks_before_retry_after(starts: list[float]) -> None:
+    busy = Reply(429, b"", {"Retry-After": "30"})
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        return busy if "bee" in prompt_of(body) and not before else describe(body, before)
+
+    _, server = served(script, {"concurrency": 1})
+    asked = [prompt_of(body) for body in server.bodies]
+    again = asked.index("Describe the bee.") + 1
+    assert asked[again] == "Describe the bee." and len(starts) == len(asked) == 13
+    assert starts[:again] == [0.0] * again and starts[again:] == pytest.approx([30] * (13 - again))
 
 
 @pytest.mark.parametrize(

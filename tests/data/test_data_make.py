@@ -178,8 +178,9 @@ def test_test_questions_are_left_out() -> None:
     assert contaminated(rows, [each["sentence"] for each in test], None) == {3}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_nothing_leaks(seed: int) -> None:
+@pytest.mark.parametrize("group", [None, "film"])
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_leaks(seed: int, group: str | None) -> None:
     rows = []
     for i, each in enumerate(itertools.islice(itertools.permutations(WORDS, 4), 0, 4000, 97)):
         text = " ".join(each)
@@ -189,16 +190,16 @@ def test_nothing_leaks(seed: int) -> None:
         ]
         rows += [{"text": f"{text} {string.ascii_lowercase[i % 26]}", "label": "a", "film": i % 20}]
     source = {"data": write("leaky.jsonl", rows), "templates": ["{text}?", "So: {text}"], "per_row": "all"}
-    made = make(recipe(sources=[source], split={"train": 0.7, "eval": 0.3, "group": "film"}, seed=seed))
+    made = make(recipe(sources=[source], split={"train": 0.7, "eval": 0.3, "group": group}, seed=seed))
     train, held = lines("out/train.jsonl"), lines("out/eval.jsonl")
     assert len(train) + len(held) == 2 * len(rows) and 0.2 < len(held) / (2 * len(rows)) <= 0.3
     films = [{rows[row["row"] - 1]["film"] for row in part} for part in (train, held)]
-    assert not films[0] & films[1]
+    assert group is None or not films[0] & films[1]
     texts = [{rows[row["row"] - 1]["text"] for row in part} for part in (train, held)]
     assert max(jaccard(one, other) for one in texts[0] for other in texts[1]) < 0.8
     prompts = [{normalised(row["prompt"]) for row in part} for part in (train, held)]
     assert not prompts[0] & prompts[1]
-    assert made.report["split"]["groups"] == 20
+    assert made.report["split"]["groups"] == (20 if group else len(rows) // 3)
 
 
 def test_prompts_that_hide_what_differs_stay_together() -> None:

@@ -141,15 +141,14 @@ def split(
 ) -> tuple[list[Item], list[Item], int]:
     """(training, evaluation, number of groups) without a question on both sides.
 
-    One group, which stays on one side: the items of one row; of equal questions or prompts, up to case and punctuation;
-    of questions whose Jaccard index reaches `threshold` (chains too); of one value in the column `settings.group`.
+    One group, which stays on one side: the items of equal questions (so of one row) or prompts, up to case and
+    punctuation; of questions whose Jaccard index reaches `threshold` (chains too); of one value in the column `settings.group`.
     Evaluation takes whole groups in an order by seed, as far as its share reaches. What the mix repeats stands there
     once.
     """
     groups = Groups(len(items))
     questions = [normalised(question(item.row)) for item in items]
-    groups.join_equal([(item.source, item.row.index) for item in items])
-    groups.join_equal([text or number for number, text in enumerate(questions)])
+    groups.join_equal(questions)
     groups.join_equal([normalised(_shown(item)) for item in items])
     if settings.group is not None:
         groups.join_equal([_value(item, settings.group) for item in items])
