@@ -395,8 +395,9 @@ def test_another_model_is_another_recipe_and_another_address_is_not() -> None:
         assert make(recipe("http://elsewhere/v1", {"max_failed": 0.5})).finished_before
 
 
-def test_kill_and_go_on() -> None:
-    """Killed with requests under way: the same command asks only for what has no answer."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_kill_and_go_on(how: signal.Signals) -> None:
+    """Stopped with requests under way: the same command asks only for what has no answer."""
     full = threading.Event()
     go = threading.Event()
 
@@ -409,10 +410,11 @@ def test_kill_and_go_on() -> None:
     with serving(script) as server:
         Path("r.yaml").write_text(json.dumps(settings(server.url, {"concurrency": 3})))
         program = "from graft.cli_data import data; data('r.yaml')"
-        process = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.DEVNULL)
         assert full.wait(60)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        process.wait(60)
         kept = {line["row"] for line in lines("out/journal.jsonl")}
         assert 0 < len(kept) <= 8 and not Path("out/report.json").exists()
         go.set()

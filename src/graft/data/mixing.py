@@ -142,9 +142,9 @@ def split(
     """(training, evaluation, number of groups) without a question on both sides.
 
     One group, which stays on one side: the items of equal questions (so of one row) or prompts, up to case and
-    punctuation; of questions whose Jaccard index reaches `threshold` (chains too); of one value in the column `settings.group`.
-    Evaluation takes whole groups in an order by seed, as far as its share reaches. What the mix repeats stands there
-    once.
+    punctuation; of questions whose Jaccard index reaches `threshold` (chains too); of one value in the column
+    `settings.group`. Evaluation takes whole groups in an order by seed, as far as its share reaches. What the mix
+    repeats stands there once.
     """
     groups = Groups(len(items))
     questions = [normalised(question(item.row)) for item in items]
