@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graft import cli_data
 from graft.cli_errors import OneLineGroup, one_line
 from graft.cli_screen import calm, progress, say
 from graft.compare import command as comparing
@@ -81,6 +82,7 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
     return app.command()(guarded(command))
 
 
+verb(cli_data.data)
 app.add_typer(measure.group(guarded), name="measure")
 verb(comparing.compare)
 
@@ -136,20 +138,6 @@ def describe(
         _print_json(found.to_dict())
     else:
         typer.echo(str(found))
-
-
-@verb
-def data(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What a run's data holds: rows, tokens, lengths, duplicates, leaks, and three examples."""
-    from graft.base import load_config, load_tokenizer
-    from graft.train.config import load_run
-    from graft.train.setup import check_data, read_data
-
-    settings = load_run(run, overrides or ())
-    config = load_config(settings.base)
-    found = read_data(settings, load_tokenizer(settings.base), config)
-    _print_json(found.report.to_dict()) if as_json else typer.echo(str(found.report))
-    check_data(settings, found)
 
 
 @verb

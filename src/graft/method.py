@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from graft import roles
 from graft.errors import ConfigError, SiteError
 from graft.roles import Site
-from graft.settings import check_types
+from graft.settings import check_types, nearest
 
 REPLACE, ADD, SCALE, SERIAL = 0, 1, 2, 3
 """The order in which deltas act on one output: a copy of the module first, then sums, scales, serial modules."""
@@ -361,13 +360,6 @@ def from_dict(data: dict[str, Any]) -> Method:
         return cls(**{key: _parsed(value) for key, value in data.items()})
     except TypeError as error:
         raise ConfigError(f"method: {cls.__name__}: {error}") from error
-
-
-def nearest(word: str, known: Any) -> str:
-    """'did you mean X?' or the list of what there is, for an error message."""
-    names = sorted(str(item) for item in known)
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 def parameter(*shape: int, like: Tensor) -> nn.Parameter:

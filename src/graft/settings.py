@@ -1,16 +1,181 @@
-"""Settings of a method as its annotations say: Python itself would take "false" for true."""
+"""Settings as their annotations say (Python itself would take "false" for true), and YAML files of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import typing
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from graft.errors import ConfigError
+
+
+def number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text, because it has no dot; people write it all the same."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(number)]
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Listed = BeforeValidator(_listed)
+"""For tuples: YAML has lists."""
+
+
+class Settings(BaseModel):
+    """A part of a YAML file: frozen, without conversions, and no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+S = typing.TypeVar("S", bound=Settings)
+DEFAULT_METHOD = "lora"
+SHORT = {"method": "method", "template": "kind"}
+"""Keys whose settings may be written as one word, and which of the settings that word is."""
+
+
+def read_yaml(path: str | Path, what: str, keys: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a YAML file; `what` it is and which `keys` it should have stand in errors.
+
+    Args:
+        overrides: "key=value" with dotted keys ("train.lr=2e-4"); the value is read as YAML.
+
+    Raises:
+        ConfigError: no such file, no valid YAML, or no keys.
+    """
+    file = Path(path).expanduser()
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the YAML file of a {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected keys such as {keys}, not {type(settings).__name__}")
+    for each in overrides:
+        override(settings, each)
+    return settings
+
+
+def validated(kind: type[S], settings: dict[str, Any], where: str, what: str) -> S:
+    """Settings of a kind from plain ones; `where` they stand and `what` they describe are said in errors.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing key or a wrong type.
+    """
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, settings, kind, what)}") from None
+
+
+def override(settings: dict[str, Any], text: str) -> None:
+    """Put "key=value" into settings; short forms on the way become mappings."""
+    key, equals, written = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text}: expected key=value, for example train.lr=2e-4")
+    try:
+        value = yaml.safe_load(written)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    place = settings
+    for depth, name in enumerate(parents):
+        inner = place.get(name)
+        if isinstance(inner, str) and name in SHORT:
+            inner = {SHORT[name]: inner}
+        if inner is None:
+            inner = {"method": DEFAULT_METHOD} if key.startswith("method.") else {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{text}: {'.'.join(parents[: depth + 1])} has no keys of its own")
+        place[name] = dict(inner)
+        place = place[name]
+    if key == "method" and isinstance(value, str):
+        value = {"method": value}
+    place[last] = value
+
+
+def nearest(word: str, known: Any) -> str:
+    """'did you mean X?' or the list of what there is, for an error message."""
+    names = sorted(str(item) for item in known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def explain(error: ValidationError, settings: dict[str, Any], model: type[BaseModel], what: str) -> str:
+    """The first complaint in one line: unknown keys first, because a typing slip often causes the others.
+
+    Args:
+        settings: what was validated.
+        model: against what.
+        what: the thing that needs the keys: a run, a recipe.
+    """
+    complaints = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = complaints[0]
+    place = [str(part) for part in first["loc"]]
+    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+    key = ".".join(_known_part(place, settings))
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {nearest(place[-1], _fields(place[:-1], model))}{more}"
+    if first["type"] == "value_error":
+        return f"{first['ctx']['error']}{more}"
+    if first["type"] == "missing":
+        return f"{key}: missing; every {what} needs it{more}"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}{more}"
+
+
+def flat(settings: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys; of lists, by numbers."""
+    if isinstance(settings, list | tuple):
+        settings = {str(number): each for number, each in enumerate(settings)} or []
+    if not isinstance(settings, dict) or not settings:
+        return {key: settings}
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{key}.{name}" if key else str(name))
+    return found
+
+
+def _known_part(place: list[str], settings: Any) -> list[str]:
+    """The keys of a place without the names that pydantic adds for the branches of a union."""
+    kept = []
+    for part in place:
+        if isinstance(settings, dict) and part in settings:
+            settings = settings[part]
+        elif isinstance(settings, Sequence) and part.isdecimal() and int(part) < len(settings):
+            settings = settings[int(part)]
+        elif not isinstance(settings, dict):
+            break
+        kept.append(part)
+    return kept
+
+
+def _fields(place: list[str], model: Any) -> list[str]:
+    """The keys that the settings at this place know."""
+    for part in place:
+        if part in getattr(model, "model_fields", {}):
+            model = model.model_fields[part].annotation
+        while not hasattr(model, "model_fields"):  # a list of settings, or settings or None
+            model = next((inner for inner in typing.get_args(model) if inner is not type(None)), BaseModel)
+    return list(model.model_fields)
 
 
 def check_types(settings: Any) -> None:

@@ -323,7 +323,7 @@ def test_two_processes_on_one_folder(settings: Settings, tmp_path: Path) -> None
     (tmp_path / "run").mkdir()
     held = (tmp_path / "run" / ".lock").open("w")
     fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(ConfigError, match="output: another process trains in"):
+    with pytest.raises(ConfigError, match="output: another process works in"):
         quiet(run)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     held.close()  # as the kernel does for a killed process: the file stays, the lock goes

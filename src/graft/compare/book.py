@@ -14,8 +14,8 @@ from rich.console import Console
 from graft.compare.grid import Entry, Row, Unit
 from graft.compare.search import Chosen
 from graft.compare.settings import Compare
+from graft.disk import write_text
 from graft.train.config import Run
-from graft.train.folder import write_text
 from graft.train.schedule import Schedule
 from graft.train.setup import Data
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from graft.compare.settings import BASE, FULL, ICL, Compare, Icl, Own
 from graft.errors import ConfigError
+from graft.settings import validated
 from graft.train.config import Run, make_run
-from graft.yaml_settings import validated
 
 RUNS = "runs"
 ROW = "row.json"
@@ -68,7 +68,7 @@ def _name(method: Any) -> Any:
 def _entry(label: str, given: Any, settings: Compare) -> Entry:
     where = f"methods.{label}"
     asked = {key: given[key] for key in Own.model_fields if key in given} if isinstance(given, dict) else {}
-    own = validated(Own, asked, where)
+    own = validated(Own, asked, where, "method")
     if isinstance(given, dict):
         given = {key: value for key, value in given.items() if key not in asked}
     lrs = own.lrs or ((settings.train.lr,) if settings.search.kind == "none" else settings.search.lrs)

@@ -11,7 +11,7 @@ from string import Template
 from graft.compare import page, pictures
 from graft.compare.field import FILE, Compared, read
 from graft.compare.table import Summary, csv_text, markdown, summarize, summary_json
-from graft.train.folder import write_text
+from graft.disk import write_text
 
 MATRIX = "graft.compare.matrix"
 

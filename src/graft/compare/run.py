@@ -25,11 +25,12 @@ from graft.compare.report import write_report
 from graft.compare.search import Chosen, Flow, flow
 from graft.compare.settings import Compare
 from graft.compare.table import terminal
+from graft.disk import LOCK, locked, write_text
 from graft.errors import ConfigError, GraftError
 from graft.evaluate import metrics as measures
 from graft.evaluate.run import default_metrics
 from graft.train.config import Run
-from graft.train.folder import LOCK, locked, undone, write_text
+from graft.train.folder import undone
 from graft.train.run import Interrupted
 from graft.train.run import _schedule as schedule_of
 from graft.train.setup import Data, check_data, check_settings, read_data, template_for

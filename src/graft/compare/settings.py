@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from graft.errors import ConfigError
 from graft.method import REGISTRY
+from graft.settings import Listed, Number, Settings, read_yaml, validated
 from graft.train.config import DataSettings, TrainSettings
-from graft.yaml_settings import Listed, Number, Settings, read_yaml, validated
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 """Half decades from what full fine-tuning wants to what prompts want; the same for every method: none is favoured."""
@@ -158,7 +158,7 @@ def load_compare(path: str | Path, overrides: Sequence[str] = ()) -> Compare:
     Raises:
         ConfigError: no such file, no valid YAML, an unknown key (with the nearest known one), or a wrong type.
     """
-    return make_compare(read_yaml(path, overrides), str(path))
+    return make_compare(read_yaml(path, "comparison", "base, methods, data and output", overrides), str(path))
 
 
 def make_compare(settings: dict[str, Any], where: str = "compare") -> Compare:
@@ -167,4 +167,4 @@ def make_compare(settings: dict[str, Any], where: str = "compare") -> Compare:
     Raises:
         ConfigError: an unknown key, a missing key or a wrong type.
     """
-    return validated(Compare, settings, where)
+    return validated(Compare, settings, where, "comparison")

@@ -18,11 +18,11 @@ from graft.adapt import detach
 from graft.compare import after, peak
 from graft.compare.grid import ROW, Row, Unit, read_row
 from graft.data.template import Template
+from graft.disk import write_text
 from graft.errors import GraftError, TrainingError
 from graft.evaluate.batches import bank_or_none
 from graft.evaluate.opening import open_base, template_of
 from graft.train.config import Run, make_run
-from graft.train.folder import write_text
 from graft.train.progress import read_lines
 from graft.train.result import Result
 from graft.train.run import Interrupted, train

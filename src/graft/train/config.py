@@ -24,8 +24,14 @@ from pydantic import (
 
 from graft.errors import ConfigError
 from graft.method import REGISTRY, Method, from_dict
-from graft.settings import tuples
-from graft.yaml_settings import DEFAULT_METHOD, Number, Settings, numbers, read_yaml, validated
+from graft.settings import DEFAULT_METHOD, Number, Settings, number, read_yaml, tuples, validated
+
+
+def _numbers(value: Any) -> Any:
+    """As `number`, inside of tuples and dicts too."""
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    return tuple(map(_numbers, value)) if isinstance(value, tuple) else number(value)
 
 
 def _method(value: Any) -> Method:
@@ -57,7 +63,7 @@ def _typed(method: type[Method], key: str, value: Any) -> Any:
         return adapter.validate_python(value)
     except ValidationError as error:
         with contextlib.suppress(ValidationError):
-            return adapter.validate_python(numbers(value))
+            return adapter.validate_python(_numbers(value))
         message = error.errors()[0]["msg"]
         raise ConfigError(f"method.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
 
@@ -210,7 +216,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: no such file, no valid YAML, an unknown key (with the nearest known one), or a wrong type.
     """
-    return make_run(read_yaml(path, overrides), str(path))
+    return make_run(read_yaml(path, "run", "base, data and output", overrides), str(path))
 
 
 def make_run(settings: dict[str, Any], where: str = "run") -> Run:
@@ -219,7 +225,7 @@ def make_run(settings: dict[str, Any], where: str = "run") -> Run:
     Raises:
         ConfigError: an unknown key, a missing key or a wrong type.
     """
-    return validated(Run, settings, where)
+    return validated(Run, settings, where, "run")
 
 
 def schema() -> dict[str, Any]:

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from graft.disk import LOCK, write_text
 from graft.errors import ConfigError
 from graft.train.config import Run, make_run
 from graft.train.setup import Data
-from graft.train.state import PARTIAL
-
-if sys.platform != "win32":
-    import fcntl
 
 DATA = "data.json"
 """Written before `run.yaml`: a folder with settings alone is a user's, not a run's."""
 PAGE = "profile.md"
 """Where the time of a few steps went: `graft train --profile` writes it, before or after the run itself."""
-LOCK = ".lock"
-"""Held while a run trains, and removed behind it."""
 
 
 def place(run: Run, fresh: bool) -> Path:
@@ -83,41 +76,6 @@ def begin(run: Run, folder: Path, data: Data) -> None:
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_text(folder / DATA, json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "run.yaml", text)
-
-
-def write_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training into the folder; a killed one loses its lock with its life.
-
-    Raises:
-        ConfigError: another process trains there.
-    """
-    if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
-        yield  # no such locks; or not the first process of a distributed run, which locks for all
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / LOCK
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = file.exists() and os.path.samestat(os.fstat(handle), file.stat())
-        except BlockingIOError:
-            mine = False
-        if not mine:  # or it was removed between the two calls, by a run that just ended
-            raise ConfigError(f"output: another process trains in {folder}; wait for it, or take another output")
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

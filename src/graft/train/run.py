@@ -25,11 +25,12 @@ from graft import base, files
 from graft.bank import bank_of
 from graft.data.collate import Collator
 from graft.data.report import Report
+from graft.disk import locked
 from graft.errors import ConfigError, TrainingError
 from graft.train import state as states
 from graft.train.compiled import Compiled
 from graft.train.config import Run
-from graft.train.folder import begin, begun, locked, place, undone, write_text
+from graft.train.folder import begin, begun, place, undone, write_text
 from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
 from graft.train.result import Result, peak_bytes, read_result, result_dict

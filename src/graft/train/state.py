@@ -21,13 +21,13 @@ from transformers.trainer_pt_utils import safe_globals
 
 from graft.adapter import Adapter
 from graft.bank import bank_of
+from graft.disk import PARTIAL
 from graft.errors import TrainingError
 
 STATE = "training_state.safetensors"
 """Every tensor of the adapters in training, as it is; the adapter folder beside it may hold a smaller, final form."""
 
 PREFIX = "checkpoint-"
-PARTIAL = ".partial"
 
 
 def trained(model: nn.Module) -> list[Adapter]:
