@@ -68,6 +68,14 @@ def head_of(model: Any) -> OutputHead | None:
     return found
 
 
+def assume(model: Any) -> None:
+    """Take the loss of a model on the meta device, which cannot be tried, for the cross-entropy of its logits."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.is_meta:
+        path = next(path for path, each in model.named_modules() if each is head)
+        _heads[model] = OutputHead(path, head, roles.is_decoder(model))
+
+
 def tell(model: nn.Module, reason: str) -> None:
     """Say once why a model's losses are computed from the logits of whole batches."""
     told = _told.setdefault(model, set())

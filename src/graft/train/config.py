@@ -244,9 +244,14 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected keys such as base, data and output, not {type(settings).__name__}")
+    return settings_of(settings, overrides, str(path))
+
+
+def settings_of(settings: dict[str, Any], overrides: Sequence[str], where: str = "run") -> Run:
+    """As `load_run`, from what a YAML file would hold."""
     for override in overrides:
         _override(settings, override)
-    return make_run(settings, str(path))
+    return make_run(settings, where)
 
 
 def make_run(settings: dict[str, Any], where: str = "run") -> Run:

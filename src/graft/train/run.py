@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,21 @@ from graft.train import state as states
 from graft.train.compiled import Compiled
 from graft.train.config import Run
 from graft.train.folder import begin, begun, locked, place, undone, write_text
+from graft.train.guards import checkpointing
 from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
 from graft.train.result import Result, peak_bytes, read_result, result_dict
 from graft.train.schedule import Schedule, rate, warmup_steps
-from graft.train.setup import Data, check_data, check_settings, length, open_model, padding_free, read_data
+from graft.train.setup import (
+    Data,
+    check_data,
+    check_settings,
+    length,
+    open_model,
+    padding_free,
+    read_data,
+    schedule_of,
+)
 from graft.train.trainer import GraftTrainer
 from graft.train.trunk import open_trunk
 
@@ -95,11 +104,11 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
     if not resumed:
         console.print(data.report.table())
     check_data(run, data)
-    schedule = _schedule(run, data)
+    schedule = schedule_of(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
     model = open_model(run, data, tokenizer)
-    with _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
+    with _quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         rows, times = _evaluations(run, data, schedule)
@@ -126,21 +135,6 @@ def _evaluations(run: Run, data: Data, schedule: Schedule) -> tuple[list[int], i
     """Tokens of each evaluation row, and how often they are evaluated."""
     every = run.train.eval_every or schedule.steps_per_epoch
     return [length(example) for example in data.evaluation or ()], 1 + -(-schedule.steps // every)
-
-
-def _schedule(run: Run, data: Data) -> Schedule:
-    settings = run.train
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return Schedule(
-        [length(example) for example in data.train],
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate * world,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=run.seed,
-        group=run.data.group,
-        pack=data.max_length if run.data.packing else None,
-    )
 
 
 def _autocast(run: Run) -> torch.dtype | None:
@@ -238,22 +232,6 @@ def _fit(trainer: GraftTrainer, folder: Path, schedule: Schedule, console: Conso
     if trainer.args.metric_for_best_model and best and best != step:
         states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
     return recorder
-
-
-@contextlib.contextmanager
-def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing while the block runs."""
-    # transformers before 5.23 has only the older name
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if wanted:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        model.disable_input_require_grads()  # only reentrant ones need them, and they keep the graph below top layers
-    try:
-        yield
-    finally:
-        if wanted:
-            getattr(model, f"{kind}_checkpointing_disable")()
-        model.eval()
 
 
 @contextlib.contextmanager

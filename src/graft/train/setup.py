@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
 from graft.ids import IGNORED
 from graft.train.config import Run
+from graft.train.schedule import Schedule
 
 log = logging.getLogger("graft")
 
@@ -155,6 +157,22 @@ def open_model(run: Run, data: Data, tokenizer: PreTrainedTokenizerBase) -> PreT
     _check_slots(data.template, data.names, model)
     _check_room(data, model)
     return model
+
+
+def schedule_of(run: Run, data: Data) -> Schedule:
+    """Which examples each batch has."""
+    settings = run.train
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return Schedule(
+        [length(example) for example in data.train],
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate * world,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=run.seed,
+        group=run.data.group,
+        pack=data.max_length if run.data.packing else None,
+    )
 
 
 def padding_free(run: Run, data: Data, model: PreTrainedModel) -> bool:

@@ -1,0 +1,144 @@
+"""A training step in shapes alone: which bytes are alive when, without a number of the model being computed.
+
+The model stands on the meta device, so its tensors have sizes and no storage. Integers and booleans stay real: which
+rows have a label, where texts end and what a mask says is read from them as in a real step. Kernels that meta tensors
+would not take (attention) are stood in for by what they keep.
+
+Shape legend: B rows, H query heads, K key/value heads, T queries, S keys, D head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from graft.fast import devices
+
+META = torch.device("meta")
+_aten = torch.ops.aten
+PRODUCTS = {_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm, _aten.baddbmm_}
+
+
+class Shapes(TorchDispatchMode):
+    """Counts the bytes of meta storages while they live.
+
+    Attributes:
+        live: bytes now, by the phase in which they were made.
+        peak: the most bytes at once.
+        at_peak: `live` at that moment.
+        phase: what is made from now on belongs to it.
+        arithmetic: multiplications and additions of all matrix products but those inside of kernels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
+        self.peak = 0
+        self.phase = "activations"
+        self.arithmetic = 0
+        self._known: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if kwargs.get("device") is not None:
+            kwargs["device"] = self._place(func, tensors, kwargs)
+        if any(tensor.is_meta for tensor in tensors) and (floating or any(not t.is_meta for t in tensors)):
+            args, kwargs = tree_map(_on_meta, (args, kwargs))
+        if func.overloadpacket in PRODUCTS and tensors[-1].is_meta:
+            self.arithmetic += 2 * tensors[-2].numel() * tensors[-1].shape[-1]
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                self.see(leaf)
+        return out
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor from now until nobody has it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = self.phase, size
+        self.live[self.phase] = self.live.get(self.phase, 0) + size
+        weakref.finalize(storage, self._gone, key)
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+
+    def know(self, tensors: Any) -> None:
+        """Leave the storages of these tensors out: what stands beside a step, such as weights."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()._cdata] = "", 0
+
+    @property
+    def total(self) -> int:
+        """Bytes that are alive now."""
+        return sum(self.live.values())
+
+    def _gone(self, key: int) -> None:
+        phase, size = self._known.pop(key, ("", 0))
+        if phase:
+            self.live[phase] -= size
+
+    @staticmethod
+    def _place(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> torch.device:
+        """The device of a new tensor: what has no floating numbers stays real, all else is a shape."""
+        dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
+        if dtype is None:  # arange and full of integers have an integer type by default
+            numbers = [value for value in func._schema.arguments if value.name in ("end", "fill_value")]
+            dtype = torch.int64 if numbers and numbers[0].name == "end" else torch.float32
+        real = not (dtype.is_floating_point or dtype.is_complex)
+        return torch.device("cpu") if real and not any(t.is_meta for t in tensors) else META
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to(META) if isinstance(value, Tensor) and not value.is_meta else value
+
+
+@contextlib.contextmanager
+def kernels(on_cpu: bool) -> Iterator[None]:
+    """Inside, attention by sdpa keeps what the kernels of a CPU, or of a GPU, keep."""
+    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    try:
+        with devices.as_cpu() if on_cpu else contextlib.nullcontext():
+            yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = real
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and attention_mask is not None:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out_BHTD = _Kernel.apply(query, key, value)
+    return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+class _Kernel(torch.autograd.Function):
+    """What a fused attention kernel allocates and keeps: the output and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
+        B, H, T, _ = query_BHTD.shape
+        out = query_BHTD.new_empty(B, T, H, value_BKSD.shape[-1]).transpose(1, 2)
+        norm_BHT = query_BHTD.new_empty(B, H, T, dtype=torch.float32)
+        ctx.save_for_backward(query_BHTD, key_BKSD, value_BKSD, out, norm_BHT)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
