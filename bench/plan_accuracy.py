@@ -3,8 +3,8 @@
     python bench/plan_accuracy.py [--quick]
 
 Predicted is `graft.planning.memory.training`, from shapes alone. Measured is the second step of `GraftTrainer`,
-forward, backward and AdamW: the most bytes that were allocated at once beyond its start, as torch.profiler saw allocations and
-releases, and what stood there before it, weights and optimizer state. On a GPU it is `torch.cuda.max_memory_allocated`.
+forward, backward and AdamW: the most bytes that were allocated at once beyond its start, as torch.profiler saw
+allocations and releases, and what stood there before it, weights and optimizer state. On a GPU it is `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations

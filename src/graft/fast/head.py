@@ -97,7 +97,7 @@ def why_not(model: Any, head: OutputHead, batch: dict[str, Any]) -> str | None:
     weight = module.weight
     if type(weight) not in (Tensor, nn.Parameter) or weight.shape != (module.out_features, module.in_features):
         return f"the weight of {head.path} is not a plain tensor"
-    if weight.is_meta:
+    if weight.is_meta and not all(parameter.is_meta for parameter in model.parameters()):
         return f"{head.path} is not in memory"
     own = {handle.id for handles in bank.handles.values() for handle in handles}
     if not own.issuperset([*module._forward_hooks, *module._forward_pre_hooks]):
