@@ -4,7 +4,8 @@
 
 Predicted is `graft.planning.memory.training`, from shapes alone. Measured is the second step of `GraftTrainer`,
 forward, backward and AdamW: the most bytes that were allocated at once beyond its start, as torch.profiler saw
-allocations and releases, and what stood there before it, weights and optimizer state. On a GPU it is `torch.cuda.max_memory_allocated`.
+allocations and releases, and what stood there before it, weights and optimizer state. On a GPU it is
+`torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
