@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft.fast import devices
 
@@ -108,37 +108,43 @@ def _on_meta(value: Any) -> Any:
 
 @contextlib.contextmanager
 def kernels(on_cpu: bool) -> Iterator[None]:
-    """Inside, attention by sdpa keeps what the kernels of a CPU, or of a GPU, keep."""
-    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    """Inside, attention keeps what the fused kernels of a CPU, or of a GPU, keep."""
+    real = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Any:
+        dropout = args[0] if args else options.get("dropout_p", 0.0)
+        if not query.is_meta or (on_cpu and _composed(query, value, attn_mask, dropout)):
+            return real(query, key, value, attn_mask, *args, **options)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels add it, and so keep it as numbers
+            attn_mask = query.new_empty(attn_mask.shape)
+        return _Kernel.apply(query, key, value, attn_mask)
+
+    # a TorchFunctionMode would not be there in a backward, where checkpointed blocks run again
+    F.scaled_dot_product_attention = attention
     try:
         with devices.as_cpu() if on_cpu else contextlib.nullcontext():
             yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = real
+        F.scaled_dot_product_attention = real
 
 
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and attention_mask is not None:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    out_BHTD = _Kernel.apply(query, key, value)
-    return out_BHTD.transpose(1, 2).contiguous(), None
+def _composed(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether PyTorch takes products and a softmax in the place of a CPU's fused kernel."""
+    trained = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    return trained or dropout > 0 or query.shape[-1] != value.shape[-1]
 
 
 class _Kernel(torch.autograd.Function):
     """What a fused attention kernel allocates and keeps: the output and a number for each query."""
 
     @staticmethod
-    def forward(ctx: Any, query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
+    def forward(ctx: Any, query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, mask: Tensor | None) -> Tensor:
         B, H, T, _ = query_BHTD.shape
         out = query_BHTD.new_empty(B, T, H, value_BKSD.shape[-1]).transpose(1, 2)
         norm_BHT = query_BHTD.new_empty(B, H, T, dtype=torch.float32)
-        ctx.save_for_backward(query_BHTD, key_BKSD, value_BKSD, out, norm_BHT)
+        ctx.save_for_backward(query_BHTD, key_BKSD, value_BKSD, out, norm_BHT, mask)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
