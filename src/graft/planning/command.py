@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,16 +19,25 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="A GPU's name (a100-80, rtx4090), cpu, or its memory (24GB); else this machine.")
     ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Time and measure two real steps on the longest batch.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the parts as bars: a PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Will it fit: the memory that a run needs, and the smallest changes that make it fit. No weights are loaded."""
     from rich.console import Console
 
+    from graft.errors import ConfigError
     from graft.planning.picture import draw, table
     from graft.planning.plan import plan as planned
 
-    found = planned(_run(settings or [], made_up=length is not None), length=length, device=device)
+    if probe and (length is not None or device is not None):
+        raise ConfigError("--probe: it measures the run's own rows on this machine; leave --length and --device out")
+    run = _run(settings or [], made_up=length is not None)
+    found = planned(run, length=length, device=device)
+    if probe and found.training.total <= found.room:
+        from graft.planning.probe import probe as measured
+
+        found = replace(found, probe=measured(run))
     if picture is not None:
         draw(found, picture)
     if as_json:

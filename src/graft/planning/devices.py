@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
+import psutil
 import torch
 
 from graft.errors import ConfigError
-from graft.fast.store import free_memory
 from graft.method import nearest
 
 GIB = 2**30
@@ -60,7 +61,7 @@ def room(device: str | None) -> tuple[str, int, bool]:
     """
     name = (device or ("cuda" if torch.cuda.is_available() else "cpu")).lower().replace(" ", "").replace("_", "-")
     if name == "cpu":
-        return "this machine's memory", free_memory(), True
+        return "this machine's memory", available(), True
     if name.startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_name(name), torch.cuda.mem_get_info(name)[0], False
     with contextlib.suppress(ValueError):
@@ -69,3 +70,16 @@ def room(device: str | None) -> tuple[str, int, bool]:
     if name not in GPUS:
         raise ConfigError(f"device: {device!r} is not known; {nearest(name, GPUS)}, or give its memory, such as 24GB")
     return name, int(GPUS[name] * GIB * USABLE), False
+
+
+def available() -> int:
+    """Bytes of this machine's memory that a process can have now, within what its container may take."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())  # "max" where there is no bound
+        used = int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, most - used + int(counts.get("inactive_file", 0))))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft import roles
 from graft.adapt import prepare, route
-from graft.bank import bank_of
+from graft.bank import Bank, bank_of
 from graft.fast import head, loss
 from graft.planning.shapes import Shapes, kernels
 from graft.slots import accepts
@@ -34,7 +35,9 @@ class Memory:
     optimizer: int = 0
     """The optimizer's state, as it is from the second step on."""
     activations: int = 0
-    """What the forward keeps for the backward; at inference keys and values, and what is being computed."""
+    """What the forward keeps for the backward; at inference what is being computed."""
+    cache: int = 0
+    """Keys and values of the tokens so far, at inference."""
     logits: int = 0
     """What the loss allocates; at inference the logits."""
     other: int = 0
@@ -105,18 +108,29 @@ def training(model: Any, batch: dict[str, Any], *, optimizer: str, accumulate: i
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
     """The loss as training has it."""
     bank = bank_of(model)
-    segments = batch.get("segments")
-    if any(bank.prompts(((name, 1.0),)) for name in bank.names):
-        batch = prepare(model, batch)
+    segments = _used(bank, batch)
+    if _prompts(bank):
+        batch = prepare(model, batch, segments=segments)
+        segments = _used(bank, batch)
     inputs = {key: value for key, value in batch.items() if key not in COLUMNS}
     if accepts(model, "use_cache"):
         inputs["use_cache"] = False
     routing: Any = contextlib.nullcontext()
     if segments is not None and not any(adapter.selected for adapter in bank):
-        routing = route(model, segments=[(dict(bank.used), length) for _, length in segments])
+        routing = route(model, segments=segments)
     with routing:
         found = loss.fast_loss(model, inputs)
         return model(**inputs).loss if found is None else found
+
+
+def _used(bank: Bank, batch: dict[str, Any]) -> list[tuple[Any, int]] | None:
+    """The texts of a packed batch, each with the adapter in use."""
+    segments = batch.get("segments")
+    return None if segments is None else [(dict(bank.used), length) for _, length in segments]
+
+
+def _prompts(bank: Bank) -> bool:
+    return any(bank.prompts(((name, 1.0),)) for name in bank.names)
 
 
 @contextlib.contextmanager
@@ -142,18 +156,39 @@ def answering(model: Any, rows: int, prompt: int, new: int, *, on_cpu: bool) -> 
     """The peak of generating: the prefill of all rows, or the last step with the whole cache.
 
     Args:
-        model: on the meta device, a decoder.
+        model: on the meta device, a decoder or an encoder-decoder.
         rows: texts at once.
         prompt, new: tokens of a prompt and of an answer.
         on_cpu: whether it will run on a CPU; else on a GPU.
     """
     standing = [*model.parameters(), *model.buffers()]
+    both = roles.is_encoder_decoder(model)
     model.eval()
     with torch.no_grad(), kernels(on_cpu), Shapes() as shapes:
         shapes.know(standing)
-        ids_BT = torch.zeros(rows, prompt, dtype=torch.long)
-        out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
-        cache = shapes.total
-        del out
-    grown = cache * (prompt + new) // max(1, prompt)
-    return Memory(weights=bytes_of(standing), activations=max(shapes.peak, grown))
+        batch: dict[str, Any] = {"input_ids": torch.zeros(rows, prompt, dtype=torch.long), "use_cache": True}
+        if _prompts(bank_of(model)):
+            batch = prepare(model, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+        if both:
+            batch["decoder_input_ids"] = torch.zeros(rows, 1, dtype=torch.long)
+        elif accepts(model, "logits_to_keep"):
+            batch["logits_to_keep"] = 1
+        out = model(**batch)
+        cache = out.past_key_values
+        own = _kept(cache.self_attention_cache if both else cache)
+        read = _kept(cache.cross_attention_cache) if both else 0
+        logits = out.logits[:, -1].numel() * (out.logits.element_size() + 4)  # and in fp32, to choose the next
+        layers = max(1, len((cache.self_attention_cache if both else cache).layers))
+    grown = own * (new if both else prompt + new) // (1 if both else max(1, prompt))
+    last = grown + read + grown // layers  # a layer's keys and values are copied to longer ones
+    weights = bytes_of(standing)
+    if shapes.peak > last + logits:
+        kept = own + read
+        return Memory(weights=weights, activations=shapes.peak - kept - logits, cache=kept, logits=logits)
+    return Memory(weights=weights, activations=grown // layers, cache=grown + read, logits=logits)
+
+
+def _kept(cache: Any) -> int:
+    """Bytes of the keys and values in a cache."""
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from graft import base, roles
+from graft import base, interface, roles
 from graft.adapt import attach
 from graft.data.collate import Collator
 from graft.data.encode import Example
@@ -19,6 +21,16 @@ from graft.errors import ConfigError
 from graft.train.config import Run
 from graft.train.setup import Data, padding_free, schedule_of
 from graft.weights import is_linear
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a plan is made from, beside the settings."""
+
+    config: PretrainedConfig
+    tokenizer: Any
+    """None: the base is a config alone, and the rows are made up."""
+    data: Data
+
 
 BITS = {"nf4": 4.127, "int8": 8.0}
 """Of a quantized weight, with the scales of its blocks."""
@@ -39,22 +51,36 @@ def config_of(path: str) -> PretrainedConfig:
         raise ConfigError(f"base {path}: no config of a model ({' '.join(str(error).split())[:120]})") from None
 
 
-def shapes_of(run: Run, config: PretrainedConfig, dtype: torch.dtype, mode: str, tokenizer: Any, labels: int) -> Any:
-    """The base with its fresh adapter, on the meta device."""
-    model = base.skeleton(config, labels if mode == "classification" else None).to(dtype)
+def own_head(path: str) -> bool:
+    """Whether a base's file says that its head is not the embedding, which newer classes' configs may not repeat."""
+    if path in base.EMBEDDED:
+        return False
+    try:
+        return PretrainedConfig.get_config_dict(str(Path(path).expanduser()))[0].get("tie_word_embeddings") is False
+    except (OSError, ValueError):
+        return False
+
+
+def shapes_of(run: Run, given: Given, dtype: torch.dtype) -> Any:
+    """The base with its fresh adapters, on the meta device."""
+    mode, labels = given.data.template.mode, len(given.data.template.label_names) or 2
+    model = base.skeleton(given.config, labels if mode == "classification" else None).to(dtype)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight and own_head(run.base):
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
     if run.precision in BITS:
-        head = model.get_output_embeddings()
         tops = [site.module for site in roles.task_heads(model)] + [head]
         for module in model.modules():
             if is_linear(module) and type(module) is nn.Linear and not any(module is top for top in tops):
                 module.__class__ = Dequantized
-    method = run.method if tokenizer is None else run.method.with_tokenizer(tokenizer)
-    attach(model, method, run.name, peft_compat=run.peft_compat)
+    method = run.method if given.tokenizer is None else run.method.with_tokenizer(given.tokenizer)
+    for name in given.data.names:
+        attach(model, method, name, peft_compat=run.peft_compat)
     return model
 
 
 def quantized_away(model: nn.Module, precision: str) -> int:
-    """Bytes that the weights of a quantized base take less than the stand-ins here."""
+    """Bytes that the codes of a quantized base take less than its weights."""
     linears = [module for module in model.modules() if type(module) is Dequantized]
     return sum(int(m.weight.numel() * (m.weight.element_size() - BITS[precision] / 8)) for m in linears)
 
@@ -93,6 +119,32 @@ def made_up(run: Run, mode: Any, length: int) -> Data:
 
 def heaviest(run: Run, data: Data, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The batch that needs most memory, as training would make it."""
-    flat = padding_free(run, data, model)
+    try:
+        flat = padding_free(run, data, model, small(model.config, run))
+    except ConfigError:
+        raise
+    except Exception:  # a class that is not to be had small: what its attention says must do
+        flat = interface.makes_no_mask(model)
     collate = Collator(tokenizer, packed=run.data.packing or flat, mode=data.template.mode)
     return collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
+
+
+def small(config: PretrainedConfig, run: Run) -> Any:
+    """A model of the same class with two narrow layers of random numbers, and the run's adapter asleep in it.
+
+    Whether packed examples see each other depends on the class and its settings, not on sizes.
+    """
+    narrow = copy.deepcopy(config)
+    heads = narrow.num_attention_heads
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8 * heads, "intermediate_size": 16 * heads, "head_dim": 8}
+    for key, value in (sizes | {"vocab_size": 64, "pad_token_id": 0}).items():
+        if getattr(narrow, key, None) is not None:
+            setattr(narrow, key, value)
+    if getattr(narrow, "layer_types", None):
+        narrow.layer_types = narrow.layer_types[:2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = base.skeleton(narrow).to_empty(device="cpu")
+        model.init_weights()
+        attach(model, run.method, run.name)
+    return model.eval()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from graft.planning.memory import Memory
 from graft.planning.plan import Plan
+from graft.planning.probe import Probe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-COLORS = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#b0b0b0")
+COLORS = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#b279a2", "#b0b0b0")
 MB = 1e6
 
 
@@ -33,15 +34,27 @@ def table(plan: Plan) -> RenderableType:
     if plan.inference is not None:
         parts.add_column("answering", justify="right")
     for name in (*asdict(plan.training), "total"):
-        row = [size(getattr(each, name)) for each in (plan.training, plan.inference) if each is not None]
-        parts.add_row(name, *row)
+        row = [getattr(each, name) for each in (plan.training, plan.inference) if each is not None]
+        if any(row):
+            parts.add_row(name, *(size(count) if count else "" for count in row))
     head = (
         f"{plan.base} in {plan.precision}, {plan.method}: {plan.total:,} values, {plan.trainable:,} of them train; "
         f"the heaviest batch has {plan.rows} rows, {plan.tokens:,} tokens"
     )
     lines: list[RenderableType] = [head, "", parts, "", verdict(plan)]
-    lines += [f"  {_settings(change.settings)}: {size(change.total)}; {change.price}" for change in plan.changes]
+    lines += [f"  {changed(change.settings)}: {size(change.total)}; {change.price}" for change in plan.changes]
+    if plan.probe is not None:
+        lines.append(probed(plan, plan.probe))
     return Group(*lines, *(f"note: {note}" for note in plan.notes))
+
+
+def probed(plan: Plan, probe: Probe) -> str:
+    """What two real steps measured, in one line."""
+    off = plan.training.total / probe.peak - 1
+    return (
+        f"probe: {probe.seconds:.3g} s a step of the longest batches, {probe.steps:,} steps at most "
+        f"{probe.seconds * probe.steps / 60:,.1f} min; measured peak {size(probe.peak)}, predicted {off:+.1%}"
+    )
 
 
 def verdict(plan: Plan) -> str:
@@ -49,12 +62,15 @@ def verdict(plan: Plan) -> str:
     need = f"{size(plan.training.total)} of {size(plan.room)} ({plan.device})"
     if plan.fits:
         return f"fits: {need}"
+    if plan.training.total <= plan.room:
+        need += ", which leaves too little for what is not predicted"
     if plan.changes:
         return f"does not fit: {need}; it would with"
     return f"does not fit: {need}, and no setting that was tried makes it fit; take a smaller base or shorter rows"
 
 
-def _settings(settings: dict[str, object]) -> str:
+def changed(settings: dict[str, object]) -> str:
+    """Changed settings as the command line takes them."""
     return " ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
     )
@@ -75,6 +91,8 @@ def draw(plan: Plan, file: Path) -> None:
     left = dict.fromkeys(bars, 0.0)
     for part, color in zip(asdict(plan.training), COLORS, strict=True):
         widths = [getattr(memory, part) / unit for memory in bars.values()]
+        if not any(widths):
+            continue
         axes.barh(list(bars), widths, left=list(left.values()), color=color, label=part, height=0.55)
         left = {name: left[name] + width for name, width in zip(bars, widths, strict=True)}
     for name, end in left.items():

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from graft import base, roles
+from graft import base
 from graft.description import describe
 from graft.errors import ConfigError, SiteError
 from graft.planning.devices import CONTEXT, room
 from graft.planning.memory import Memory, answering, training
-from graft.planning.model import BITS, config_of, heaviest, made_up, quantized_away, shapes_of
+from graft.planning.model import BITS, Given, config_of, heaviest, made_up, quantized_away, shapes_of
+from graft.planning.probe import Probe
 from graft.train.config import Run, make_run
 from graft.train.guards import checkpointing
 from graft.train.setup import Data, read_data
@@ -24,6 +25,7 @@ MARGIN = 0.95
 """Of the room: what is predicted above this is said not to fit."""
 OFFERED = 3
 """Changes that are named."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ANSWER = 128
 """New tokens of an answer."""
 
@@ -57,6 +59,8 @@ class Plan:
     training: Memory
     inference: Memory | None
     changes: tuple[Change, ...] = ()
+    """Only where it does not fit; each alone would do."""
+    probe: Probe | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,27 +84,34 @@ class _Needs:
     arithmetic: int
 
 
-def plan(run: Run, *, length: int | None = None, device: str | None = None, changes: bool = True) -> Plan:
+def plan(
+    run: Run,
+    *,
+    length: int | None = None,
+    device: str | None = None,
+    given: Given | None = None,
+    changes: bool = True,
+    answers: bool = True,
+) -> Plan:
     """What a run needs; nothing is loaded but the base's config, its tokenizer and the rows.
 
     Args:
         run: its settings.
         length: tokens of made-up rows; None: the run's own rows are read.
         device: see `planning.devices.room`; None: where the run would be.
+        given: what of it was read already.
         changes: look for changes that make it fit, if it does not.
+        answers: predict generation too.
 
     Raises:
         ConfigError, SiteError, DataError: as training would.
     """
     name, space, on_cpu = room(device or run.device)
-    config = config_of(run.base)
-    tokenizer: Any = None if length is not None and config_alone(run.base) else base.load_tokenizer(run.base)
-    filler = tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0)
-    data = made_up(run, _mode(run, config), length) if length is not None else read_data(run, tokenizer, config)
+    given = given or _read(run, length)
 
     def needs(of: Run) -> _Needs:
-        mine = data if length is None else made_up(of, data.template.mode, length)
-        return _needs(of, config, mine, tokenizer, filler, on_cpu=on_cpu)
+        now = given if length is None else replace(given, data=made_up(of, given.data.template.mode, length))
+        return _needs(of, now, on_cpu=on_cpu, answers=answers and of is run)
 
     found = needs(run)
     made = Plan(
@@ -122,26 +133,32 @@ def plan(run: Run, *, length: int | None = None, device: str | None = None, chan
     return replace(made, changes=tuple(itertools.islice(_changes(run, found, needs, space), OFFERED)))
 
 
-def config_alone(path: str) -> bool:
-    """Whether a base is given by a file, its config."""
-    return path.endswith(".json")
+def _read(run: Run, length: int | None) -> Given:
+    config = config_of(run.base)
+    if length is None:
+        tokenizer = base.load_tokenizer(run.base)
+        return Given(config=config, tokenizer=tokenizer, data=read_data(run, tokenizer, config))
+    data = made_up(run, _mode(run, config), length)
+    try:
+        return Given(config=config, tokenizer=base.load_tokenizer(run.base), data=data)
+    except ConfigError:
+        return Given(config=config, tokenizer=None, data=data)
 
 
-def _needs(run: Run, config: Any, data: Data, tokenizer: Any, filler: Any, *, on_cpu: bool) -> _Needs:
-    dtype = torch.float32 if _precision(run, on_cpu) == "fp32" else torch.bfloat16
+def _needs(run: Run, given: Given, *, on_cpu: bool, answers: bool) -> _Needs:
+    data, settings = given.data, run.train
     mode = data.template.mode
-    labels = len(data.template.label_names) or 2
-    model = shapes_of(run, config, dtype, mode, tokenizer, labels)
+    dtype = DTYPES[run.precision if run.precision in DTYPES else _computes(on_cpu)]
+    model = shapes_of(run, given, dtype)
     counts = describe(model)
-    batch = heaviest(run, data, model, filler)
-    settings = run.train
+    batch = heaviest(run, data, model, given.tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0))
     with checkpointing(model, settings.gradient_checkpointing):
         memory, arithmetic = training(
             model, batch, optimizer=settings.optimizer, accumulate=settings.accumulate, on_cpu=on_cpu
         )
-    longest = max(len(row.input_ids) for row in data.train)
     inference = None
-    if roles.is_decoder(model) and mode == "causal":
+    if answers and mode != "classification":
+        longest = max(len(row.input_ids) for row in data.train)
         inference = answering(model, settings.batch_size, longest, ANSWER, on_cpu=on_cpu)
     beside = 0 if on_cpu else CONTEXT
     less = quantized_away(model, run.precision) if run.precision in BITS else 0
@@ -153,34 +170,44 @@ def _needs(run: Run, config: Any, data: Data, tokenizer: Any, filler: Any, *, on
 
 
 def _changes(run: Run, now: _Needs, needs: Any, space: int) -> Iterator[Change]:
-    """Settings that fit, the smallest change first."""
-    for settings in _candidates(run):
+    """Of each kind of change the smallest that fits, the kinds that cost least first."""
+
+    def tried(settings: dict[str, Any]) -> Change | None:
         try:
-            changed = _with(run, settings)
-            found = needs(changed)
+            found = needs(_with(run, settings))
         except (ConfigError, SiteError):
-            continue  # a method that these settings cannot have
-        if found.memory.total <= space * MARGIN:
-            yield Change(settings=settings, total=found.memory.total, price=_price(settings, found, now))
+            return None  # a method that these settings cannot have
+        if found.memory.total > space * MARGIN:
+            return None
+        return Change(settings=settings, total=found.memory.total, price=_price(settings, found, now))
+
+    batches = list(_batches(run))
+    for kind in _kinds(run):
+        *larger, last = [kind | batch for batch in batches if kind or batch] or [{}]
+        if not last or tried(last) is None:
+            continue
+        yield next(change for change in map(tried, [*larger, last]) if change is not None)
 
 
-def _candidates(run: Run) -> Iterator[dict[str, Any]]:
-    halves: list[dict[str, Any]] = [{}]
-    rows, accumulate = run.train.batch_size, run.train.accumulate
-    while rows > 1:
-        accumulate, rows = accumulate * 2 if rows % 2 == 0 else -(-accumulate * rows // (rows // 2)), rows // 2
-        halves.append({"train.batch_size": rows, "train.accumulate": accumulate})
+def _kinds(run: Run) -> Iterator[dict[str, Any]]:
     again = [] if run.train.gradient_checkpointing else [{"train.gradient_checkpointing": True}]
     smaller: list[dict[str, Any]] = [{}]
-    if run.precision in ("auto", "fp32"):
+    if _precision(run, on_cpu=True) == "fp32":
         smaller.append({"precision": "bf16"})
     if run.precision != "nf4":
         smaller.append({"precision": "nf4"})
     for precision in smaller:
         for kept in ({}, *again):
-            for half in halves if kept or not again else halves[:2]:
-                if precision or kept or half:
-                    yield precision | kept | half
+            yield precision | kept
+
+
+def _batches(run: Run) -> Iterator[dict[str, Any]]:
+    """The run's own batch, and halves of it down to one row."""
+    yield {}
+    rows, accumulate = run.train.batch_size, run.train.accumulate
+    while rows > 1:
+        accumulate, rows = accumulate * 2 if rows % 2 == 0 else -(-accumulate * rows // (rows // 2)), rows // 2
+        yield {"train.batch_size": rows, "train.accumulate": accumulate}
 
 
 def _with(run: Run, settings: dict[str, Any]) -> Run:
@@ -204,13 +231,16 @@ def _price(settings: dict[str, Any], found: _Needs, now: _Needs) -> str:
     if settings.get("precision") == "bf16":
         parts.append("the base rounds to 16 bits")
     if settings.get("precision") == "nf4":
-        parts.append("the base rounds to 4 bits, and each use makes its weights anew")
+        parts.append("the base rounds to 4 bits (needs bitsandbytes), and each use makes its weights anew")
     return ", ".join(parts)
 
 
 def _precision(run: Run, on_cpu: bool) -> str:
-    if run.precision != "auto":
-        return run.precision
+    """As the run says it; auto as `load_base` takes it."""
+    return run.precision if run.precision != "auto" else _computes(on_cpu)
+
+
+def _computes(on_cpu: bool) -> str:
     return "bf16" if not on_cpu or base.computes_bf16("cpu") else "fp32"
 
 

@@ -50,10 +50,9 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
         if kwargs.get("device") is not None:
             kwargs["device"] = self._place(func, tensors, kwargs)
-        if any(tensor.is_meta for tensor in tensors) and (floating or any(not t.is_meta for t in tensors)):
+        if len({tensor.is_meta for tensor in tensors}) == 2:
             args, kwargs = tree_map(_on_meta, (args, kwargs))
         if func.overloadpacket in PRODUCTS and tensors[-1].is_meta:
             self.arithmetic += 2 * tensors[-2].numel() * tensors[-1].shape[-1]

@@ -56,18 +56,26 @@ class Interrupted(TrainingError):
     exit_code = 130
 
 
-def train(run: Run, *, fresh: bool = False, console: Console | None = None, callbacks: Sequence[Any] = ()) -> Result:
+def train(
+    run: Run,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Result:
     """Train what `run` describes; the same call goes on where it was stopped, and a finished run is not trained again.
 
     Args:
         run: the settings (`load_run`).
         fresh: start over in a new folder (`<output>-2`, ...).
+        force: train also where more memory is predicted than there is.
         console: where the data report and the progress go; None: the terminal. `Console(quiet=True)` is silent.
         callbacks: further `transformers.TrainerCallback`s.
 
     Raises:
         ConfigError: settings that cannot be, or other ones than the folder was begun with; or another process trains
-            in the folder.
+            in the folder; or the run needs more memory than there is.
         DataError: data over the limits.
         TrainingError: a loss or gradient that is not finite, or too little memory.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
@@ -78,7 +86,7 @@ def train(run: Run, *, fresh: bool = False, console: Console | None = None, call
         console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
         return read_result(run, folder)
     with undone(folder), locked(folder):
-        return _train(run, folder, console, callbacks)
+        return _train(run, folder, console, callbacks, force)
 
 
 def data_report(run: Run) -> Report:
@@ -94,7 +102,9 @@ def data_report(run: Run) -> Report:
 # ------------------------------------------------------------------------------------------------- the training
 
 
-def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -> Result:
+def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any], force: bool) -> Result:
+    from graft.planning.gate import check_room  # it plans by this folder's own settings and rows
+
     config = base.load_config(run.base)
     tokenizer = base.load_tokenizer(run.base)
     check_settings(run, tokenizer, config)
@@ -104,6 +114,7 @@ def _train(run: Run, folder: Path, console: Console, callbacks: Sequence[Any]) -
     if not resumed:
         console.print(data.report.table())
     check_data(run, data)
+    check_room(run, config, tokenizer, data, force=force, console=console)
     schedule = schedule_of(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)

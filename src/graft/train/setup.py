@@ -175,8 +175,11 @@ def schedule_of(run: Run, data: Data) -> Schedule:
     )
 
 
-def padding_free(run: Run, data: Data, model: PreTrainedModel) -> bool:
+def padding_free(run: Run, data: Data, model: PreTrainedModel, tried: PreTrainedModel | None = None) -> bool:
     """Whether the examples of a batch stand end to end in one row; where they could but do not, the log says why.
+
+    Args:
+        tried: a smaller model of the same class, where `model` has no numbers to try packing with.
 
     Raises:
         ConfigError: `data.padding_free` is true, and this model or method cannot.
@@ -184,7 +187,7 @@ def padding_free(run: Run, data: Data, model: PreTrainedModel) -> bool:
     asked = run.data.padding_free
     if run.data.packing:
         return interface.makes_no_mask(model)
-    reason = None if asked is False else needs_rows(run, data, model)
+    reason = None if asked is False else needs_rows(run, data, model, tried)
     if reason is None:
         return asked is not False
     if asked:
@@ -198,8 +201,8 @@ def length(example: Example) -> int:
     return max(len(example.input_ids), len(example.labels))
 
 
-def needs_rows(run: Run, data: Data, model: PreTrainedModel) -> str | None:
-    """Why examples must not stand in one row, if anything speaks against it."""
+def needs_rows(run: Run, data: Data, model: PreTrainedModel, tried: PreTrainedModel | None = None) -> str | None:
+    """Why examples must not stand in one row, if anything speaks against it; `tried` as in `padding_free`."""
     if data.template.mode != "causal":
         return f"{data.template.mode} takes each example in a row of its own"
     bank, kind = bank_of(model), type(model).__name__
@@ -212,7 +215,7 @@ def needs_rows(run: Run, data: Data, model: PreTrainedModel) -> str | None:
     if run.data.padding_free is None and not interface.makes_no_mask(model):
         return f"attention of {kind} would need a mask of all tokens by all tokens"
     try:
-        check_packing(model)
+        check_packing(model if tried is None else tried)
     except ConfigError:
         return f"{kind} lets examples of one row see each other"
     return None
