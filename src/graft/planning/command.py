@@ -19,7 +19,7 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="A GPU's name (a100-80, rtx4090), cpu, or its memory (24GB); else this machine.")
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Time and measure two real steps on the longest batch.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure two real steps of the longest batch.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the parts as bars: a PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

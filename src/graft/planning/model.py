@@ -22,6 +22,7 @@ from graft.train.config import Run
 from graft.train.setup import Data, padding_free, schedule_of
 from graft.weights import is_linear
 
+
 @dataclass(frozen=True, kw_only=True)
 class Given:
     """What a plan is made from, beside the settings."""
@@ -32,8 +33,11 @@ class Given:
     data: Data
 
 
-BITS = {"nf4": 4.127, "int8": 8.0}
-"""Of a quantized weight, with the scales of its blocks."""
+QUANTIZED = ("int8", "nf4")
+BLOCK, OUTER = 64, 256
+"""Values that share a scale in nf4, and scales that share one of their own, as bitsandbytes has it by default."""
+CODEBOOKS = 4 * (16 + 256 + 1)
+"""Bytes of the tables that each nf4 weight has beside its codes: of the values, of the scales, and their offset."""
 
 
 def config_of(path: str) -> PretrainedConfig:
@@ -68,7 +72,7 @@ def shapes_of(run: Run, given: Given, dtype: torch.dtype) -> Any:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight and own_head(run.base):
         head.weight = nn.Parameter(torch.empty_like(head.weight))
-    if run.precision in BITS:
+    if run.precision in QUANTIZED:
         tops = [site.module for site in roles.task_heads(model)] + [head]
         for module in model.modules():
             if is_linear(module) and type(module) is nn.Linear and not any(module is top for top in tops):
@@ -82,7 +86,15 @@ def shapes_of(run: Run, given: Given, dtype: torch.dtype) -> Any:
 def quantized_away(model: nn.Module, precision: str) -> int:
     """Bytes that the codes of a quantized base take less than its weights."""
     linears = [module for module in model.modules() if type(module) is Dequantized]
-    return sum(int(m.weight.numel() * (m.weight.element_size() - BITS[precision] / 8)) for m in linears)
+    return sum(module.weight.nbytes - code_bytes(*module.weight.shape, precision) for module in linears)
+
+
+def code_bytes(out: int, inner: int, precision: str) -> int:
+    """Bytes of a quantized weight of `out` times `inner` values: codes, and the scales of its blocks or rows."""
+    if precision == "int8":
+        return out * inner + 4 * out
+    blocks = -(-out * inner // BLOCK)
+    return -(-out * inner // 2) + blocks + 4 * -(-blocks // OUTER) + CODEBOOKS
 
 
 class Dequantized(nn.Linear):

@@ -15,11 +15,11 @@ from graft.description import describe
 from graft.errors import ConfigError, SiteError
 from graft.planning.devices import CONTEXT, room
 from graft.planning.memory import Memory, answering, training
-from graft.planning.model import BITS, Given, config_of, heaviest, made_up, quantized_away, shapes_of
+from graft.planning.model import QUANTIZED, Given, config_of, heaviest, made_up, quantized_away, shapes_of
 from graft.planning.probe import Probe
 from graft.train.config import Run, make_run
 from graft.train.guards import checkpointing
-from graft.train.setup import Data, read_data
+from graft.train.setup import read_data
 
 MARGIN = 0.95
 """Of the room: what is predicted above this is said not to fit."""
@@ -161,7 +161,7 @@ def _needs(run: Run, given: Given, *, on_cpu: bool, answers: bool) -> _Needs:
         longest = max(len(row.input_ids) for row in data.train)
         inference = answering(model, settings.batch_size, longest, ANSWER, on_cpu=on_cpu)
     beside = 0 if on_cpu else CONTEXT
-    less = quantized_away(model, run.precision) if run.precision in BITS else 0
+    less = quantized_away(model, run.precision) if run.precision in QUANTIZED else 0
     memory = replace(memory, weights=memory.weights - less, other=memory.other + beside)
     if inference is not None:
         inference = replace(inference, weights=inference.weights - less, other=inference.other + beside)
