@@ -87,7 +87,7 @@ def shapes_of(run: Run, given: Given, dtype: torch.dtype) -> Any:
 def quantized_away(model: nn.Module, precision: str) -> int:
     """Bytes that the codes of a quantized base take less than its weights."""
     linears = [module for module in model.modules() if type(module) is Dequantized]
-    return sum(module.weight.nbytes - code_bytes(*module.weight.shape, precision) for module in linears)
+    return sum(m.weight.nbytes - code_bytes(m.out_features, m.in_features, precision) for m in linears)
 
 
 def code_bytes(out: int, inner: int, precision: str) -> int:

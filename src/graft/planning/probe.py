@@ -105,7 +105,8 @@ def peak(run: Callable[[], Any]) -> int:
     """The most bytes of a CPU's memory that `run` had allocated at once, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    told: Any = seen.profiler
+    events = [event for event in told.kineto_results.events() if event.name() == "[memory]"]
     most = now = 0
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
         now += size

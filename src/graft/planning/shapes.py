@@ -10,6 +10,7 @@ Shape legend: B rows, H query heads, K key/value heads, T queries, S keys, D hea
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,11 @@ from graft.fast import devices
 META = torch.device("meta")
 _aten = torch.ops.aten
 PRODUCTS = {_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm, _aten.baddbmm_}
+
+PAIRS = {_aten.add, _aten.add_, _aten.sub, _aten.sub_, _aten.mul, _aten.mul_, _aten.div, _aten.div_}
+
+WRAPPERS = ("_fn", "inner")
+"""Functions that PyTorch puts around a mode's dispatch."""
 
 
 class Shapes(TorchDispatchMode):
@@ -56,7 +62,11 @@ class Shapes(TorchDispatchMode):
             args, kwargs = tree_map(_on_meta, (args, kwargs))
         if func.overloadpacket in PRODUCTS and tensors[-1].is_meta:
             self.arithmetic += 2 * tensors[-2].numel() * tensors[-1].shape[-1]
+        if func is _aten.add.Tensor and _sums_gradients(args):
+            return args[0]
         out = func(*args, **kwargs)
+        if func.overloadpacket in PAIRS and devices.is_cpu(META):
+            self.reach(self.total + _casts(tensors))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self.see(leaf)
@@ -72,8 +82,13 @@ class Shapes(TorchDispatchMode):
         self._known[key] = self.phase, size
         self.live[self.phase] = self.live.get(self.phase, 0) + size
         weakref.finalize(storage, self._gone, key)
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.live)
+        self.reach(self.total)
+
+    def reach(self, total: int) -> None:
+        """So many bytes are alive now, of which some may be nobody's: they are gone when the operation is done."""
+        if total > self.peak:
+            self.peak, self.at_peak = total, dict(self.live)
+            self.at_peak[self.phase] = self.at_peak.get(self.phase, 0) + total - self.total
 
     def know(self, tensors: Any) -> None:
         """Leave the storages of these tensors out: what stands beside a step, such as weights."""
@@ -99,6 +114,22 @@ class Shapes(TorchDispatchMode):
             dtype = torch.int64 if numbers and numbers[0].name == "end" else torch.float32
         real = not (dtype.is_floating_point or dtype.is_complex)
         return torch.device("cpu") if real and not any(t.is_meta for t in tensors) else META
+
+
+def _sums_gradients(args: Any) -> bool:
+    """Whether autograd itself adds a gradient to another, which it does in place where nobody else has the first."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in WRAPPERS:
+        frame = frame.f_back
+    own = frame is not None and frame.f_code.co_name == "_engine_run_backward"
+    return own and args[0].is_meta and args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
+
+
+def _casts(tensors: list[Tensor]) -> int:
+    """Bytes of the copies that a CPU makes of operands whose type is not that of the result."""
+    floats = [tensor for tensor in tensors if tensor.dim() and tensor.is_meta and tensor.is_floating_point()]
+    wide = max((tensor.element_size() for tensor in floats), default=0)
+    return sum(tensor.numel() * wide for tensor in floats if tensor.element_size() < wide)
 
 
 def _on_meta(value: Any) -> Any:
