@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, PreTrainedModel, T5Config
 
 import graft
 from graft import base
 from graft.fast.loss import fast_loss
 from graft.planning.memory import bytes_of, optimizer_bytes, training
-from graft.planning.shapes import Shapes
+from graft.planning.probe import peak
+from graft.planning.shapes import Shapes, kernels
 from graft.train.guards import checkpointing
 
 LLAMA = LlamaConfig(
@@ -64,18 +64,6 @@ def batch_of(config: Any, rows: int = 4, tokens: int = 96) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def most(run: Callable[[], Any]) -> int:
-    """The most bytes that `run` had allocated at once, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    found = now = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
-        now += size
-        found = max(found, now)
-    return found
-
-
 def measured(model: Any, batch: dict[str, Tensor]) -> int:
     """Beside what stands there, of a second step's forward and backward."""
     inputs = graft.prepare(model, batch)
@@ -88,7 +76,7 @@ def measured(model: Any, batch: dict[str, Tensor]) -> int:
 
     step()
     model.zero_grad()
-    return most(step)
+    return peak(step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,3 +137,36 @@ def test_integers_are_real_and_floats_are_shapes() -> None:
         assert (places.to("meta") > 1).nonzero()[:, 0].tolist() == [2, 3]
         rows = torch.empty(6, 2, device="meta").index_select(0, places)
     assert rows.is_meta and rows.shape == (4, 2)
+
+
+def test_the_peak_is_that_of_live_tensors() -> None:
+    """4 MB, 8 MB beside them for a moment, then 4 MB alone."""
+
+    def run() -> None:
+        first = torch.empty(1 << 20)
+        torch.empty(1 << 21)
+        del first
+
+    assert peak(run) == 12 << 20
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_sums_of_two_dtypes_copy_on_a_cpu(on_cpu: bool) -> None:
+    """16 bits to 32: the operand once more in 32 bits, while it is added."""
+    with kernels(on_cpu), Shapes() as shapes:
+        wide = torch.empty(1 << 10, device="meta")
+        wide += torch.empty(1 << 10, device="meta", dtype=torch.bfloat16)
+    assert shapes.peak == (6 << 10) + (4 << 10) * on_cpu
+
+
+def test_gradients_of_one_weight_are_summed_in_place() -> None:
+    """A weight that is used twice: two gradients at once, not their sum as a third."""
+
+    def step(device: str) -> None:
+        weight = torch.ones(64, 32, device=device, requires_grad=True)
+        x = torch.ones(2, 32, device=device)
+        ((x @ weight.T) @ weight).sum().backward()
+
+    with Shapes() as shapes:
+        step("meta")
+    assert shapes.peak == pytest.approx(peak(lambda: step("cpu")), rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def _measure(trainer: Any, batch: dict[str, Any], steps: int) -> Probe:
 
 def peak(run: Callable[[], Any]) -> int:
     """The most bytes of a CPU's memory that `run` had allocated at once, beyond those before it."""
+    gc.collect()  # what others left would be released inside, and be missing from the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     told: Any = seen.profiler
