@@ -179,9 +179,9 @@ def test_changes_that_make_it_fit_do(tmp_path: Path) -> None:
     run = make_run({**settings, "train": {"batch_size": 8}})
     need = plan(run, length=64, device="24GB").training.total - devices.CONTEXT
     tight = plan(run, length=64, device=f"{(need * 0.8 + devices.CONTEXT) / 0.95 / devices.GIB}GB")
-    kinds = [set(change.settings) for change in tight.changes]
+    kinds = [set(change.settings) for change in tight.changes or ()]
     assert not tight.fits and {"train.batch_size", "train.accumulate"} in kinds and len(kinds) == 3
-    for change in tight.changes:
+    for change in tight.changes or ():
         again = settings_of(
             json.loads(json.dumps({**settings, "train": {"batch_size": 8}})),
             [f"{key}={json.dumps(value)}" for key, value in change.settings.items()],
@@ -190,7 +190,7 @@ def test_changes_that_make_it_fit_do(tmp_path: Path) -> None:
         assert again.train.batch_size * again.train.accumulate == 8 and change.price
     assert "it would with" in verdict(tight)
     hopeless = plan(run, length=64, device="0.01GB")
-    assert not hopeless.changes and "no setting that was tried" in verdict(hopeless)
+    assert hopeless.changes == () and "no setting that was tried" in verdict(hopeless)
 
 
 def test_devices_are_known_by_name_or_size() -> None:

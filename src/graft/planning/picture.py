@@ -42,7 +42,7 @@ def table(plan: Plan) -> RenderableType:
         f"the heaviest batch has {plan.rows} rows, {plan.tokens:,} tokens"
     )
     lines: list[RenderableType] = [head, "", parts, "", verdict(plan)]
-    lines += [f"  {changed(change.settings)}: {size(change.total)}; {change.price}" for change in plan.changes]
+    lines += [f"  {changed(change.settings)}: {size(change.total)}; {change.price}" for change in plan.changes or ()]
     if plan.probe is not None:
         lines.append(probed(plan, plan.probe))
     return Group(*lines, *(f"note: {note}" for note in plan.notes))
@@ -66,6 +66,8 @@ def verdict(plan: Plan) -> str:
         need += ", which leaves too little for what is not predicted"
     if plan.changes:
         return f"does not fit: {need}; it would with"
+    if plan.changes is None:
+        return f"does not fit: {need}"
     return f"does not fit: {need}, and no setting that was tried makes it fit; take a smaller base or shorter rows"
 
 
@@ -99,11 +101,12 @@ def draw(plan: Plan, file: Path) -> None:
         axes.annotate(f" {end:,.1f}", (end, name), va="center")
     if plan.room / unit < 3 * max(left.values()):
         axes.axvline(plan.room / unit, color="black", linestyle="--", linewidth=1)
-        axes.annotate(f" {plan.device}", (plan.room / unit, 0.98), xycoords=("data", "axes fraction"), va="top")
+        place = (plan.room / unit, 1.01)
+        axes.annotate(plan.device, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
     axes.set_xlabel("GB" if unit == 1e9 else "MB")
     axes.margins(x=0.12)
     axes.invert_yaxis()
-    axes.set_title(f"{plan.base}, {plan.method}, {plan.precision}, {plan.tokens:,} tokens", fontsize=10)
+    axes.set_title(f"{plan.base}, {plan.method}, {plan.precision}, {plan.tokens:,} tokens", fontsize=10, pad=16)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False, fontsize=8)
     partial = file.with_name(file.name + ".partial")

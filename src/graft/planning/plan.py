@@ -58,8 +58,8 @@ class Plan:
     """Values."""
     training: Memory
     inference: Memory | None
-    changes: tuple[Change, ...] = ()
-    """Only where it does not fit; each alone would do."""
+    changes: tuple[Change, ...] | None = None
+    """Where it does not fit what would, each alone; None where that was not looked for."""
     probe: Probe | None = None
     notes: tuple[str, ...] = ()
 
@@ -254,6 +254,8 @@ def _mode(run: Run, config: Any) -> str:
 def _notes(run: Run, on_cpu: bool) -> Iterator[str]:
     if run.train.compute == "bf16":
         yield "autocast is not in the prediction: activations are counted in the base's own precision"
+    if run.train.trunk_cache:
+        yield "the states that train.trunk_cache may keep are not in the prediction: at most a quarter of what is free"
     if run.train.compile:
         yield "train.compile is not in the prediction"
     if not on_cpu:
