@@ -32,7 +32,7 @@ FLOORS = {
     2: ("methods", "forms"),
     3: ("base", "files*", "probe", "description", "combining", "merging", "foreign"),
     4: ("data",),
-    5: ("train", "align", "evaluate", "plan"),
+    5: ("train", "align", "evaluate", "planning"),
     6: ("compare", "measure", "serve", "page", "cli*", "quickstart", "chat", "convert", "__main__"),
 }
 REGISTRY_FILLS_ITSELF = ("method", "methods")  # the one import upwards: the registry looks a method up by name

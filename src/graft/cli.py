@@ -21,6 +21,7 @@ from graft.cli_screen import calm, progress, say
 from graft.compare import command as comparing
 from graft.errors import ConfigError, GraftError
 from graft.measure import command as measure
+from graft.planning import command as planning
 
 DEBUG = "GRAFT_DEBUG"
 HELP = "/help lists the commands, /exit ends."
@@ -85,6 +86,7 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
 verb(cli_data.data)
 app.add_typer(measure.group(guarded), name="measure")
 verb(comparing.compare)
+verb(planning.plan)
 
 
 def _version(asked: bool) -> None:
@@ -145,6 +147,7 @@ def train(
     run: RunFile,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train also where too much memory is predicted.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of a few steps goes.")] = False,
 ) -> None:
     """Train an adapter. The same command resumes a run that was cut off."""
@@ -153,7 +156,7 @@ def train(
     from graft.train import run as running
 
     settings = config.load_run(run, overrides or ())
-    profiling.profile(settings, fresh) if profile else running.train(settings, fresh=fresh)
+    profiling.profile(settings, fresh) if profile else running.train(settings, fresh=fresh, force=force)
 
 
 @verb

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
+from test_compare_run import SOURCE, lasting
 
 from graft.compare.run import compare
 from graft.compare.settings import Compare
-from test_compare_run import SOURCE, lasting
 
 pytest.importorskip("ray")
 

@@ -28,7 +28,7 @@ from graft.train.clock import PARTS, Clock, measuring
 from graft.train.config import Run
 from graft.train.profile import Profile, advice, page, profile
 from graft.train.run import train
-from graft.train.setup import open_model, read_data
+from graft.train.setup import open_model, read_data, schedule_of
 from graft.train.trainer import GraftTrainer
 from tiny import batch, tiny
 
@@ -143,7 +143,7 @@ def opened(run: Run) -> GraftTrainer:
     tokenizer = base.load_tokenizer(run.base)
     data = read_data(run, tokenizer, base.load_config(run.base))
     model = open_model(run, data, tokenizer)
-    return running._trainer(run, Path(run.output), model, tokenizer, data, running._schedule(run, data), None, ())
+    return running._trainer(run, Path(run.output), model, tokenizer, data, schedule_of(run, data), None, ())
 
 
 def seconds_of(trainer: Any, steps: int = 1) -> dict[str, float]:

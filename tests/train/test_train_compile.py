@@ -25,9 +25,9 @@ from graft.errors import ConfigError
 from graft.fast.trunk import Trunk
 from graft.methods.lora import LoRA
 from graft.train import compiled as compiling
-from graft.train import run as running
 from graft.train.compiled import Compiled
 from graft.train.config import Run
+from graft.train.guards import checkpointing
 from graft.train.run import train
 from tiny import FIRST_TOKEN, VOCAB, tiny
 
@@ -130,7 +130,7 @@ def test_lengths_and_an_uneven_batch_share_graphs() -> None:
 def test_checkpointing_computes_again_what_was_compiled() -> None:
     left, right = pair()
     blocks, before = one(left), graphs()
-    with running._checkpointing(left, True), running._checkpointing(right, True):
+    with checkpointing(left, True), checkpointing(right, True):
         assert left.model.layers[0].gradient_checkpointing
         for shape in ((2, 11), (2, 13), (2, 9)):
             same_step(blocks, left, right, None, shape, [])

@@ -29,11 +29,11 @@ from graft.disk import LOCK, locked, write_text
 from graft.errors import ConfigError, GraftError
 from graft.evaluate import metrics as measures
 from graft.evaluate.run import default_metrics
+from graft.planning.gate import check_room
 from graft.train.config import Run
 from graft.train.folder import undone
 from graft.train.run import Interrupted
-from graft.train.run import _schedule as schedule_of
-from graft.train.setup import Data, check_data, check_settings, read_data, template_for
+from graft.train.setup import Data, check_data, check_settings, read_data, schedule_of, template_for
 
 QUALITY = ("accuracy", "bleu", "loss")
 """What is compared where the user names no metric: the first that fits the rows."""
@@ -66,7 +66,7 @@ def compare(settings: Compare, *, retry: bool = False, console: Console | None =
         book = Book(chosen, lines, folder, console)
         book.facts(run, data, schedule, len(rows))
         flows = {entry.label: flow(entry, grid) for entry in lines}
-        for entry, why in _unfit(lines, chosen, run):
+        for entry, why in _unfit(lines, chosen, run, data):
             flows.pop(entry.label).close()
             book.end(entry, Chosen(None, [{"status": "skipped", "why": why}]))
         if retry:
@@ -187,7 +187,7 @@ def _metrics(settings: Compare, rows: Sequence[Any], run: Run) -> tuple[str, ...
     return (first, *(name for name in fit if name != first))
 
 
-def _unfit(lines: Sequence[Entry], settings: Compare, run: Run) -> Iterator[tuple[Entry, str]]:
+def _unfit(lines: Sequence[Entry], settings: Compare, run: Run, data: Data) -> Iterator[tuple[Entry, str]]:
     """Methods that this base cannot take, and why; the others go on."""
     tokenizer, config = base.load_tokenizer(run.base), base.load_config(run.base)
     for entry in lines:
@@ -196,8 +196,9 @@ def _unfit(lines: Sequence[Entry], settings: Compare, run: Run) -> Iterator[tupl
         asked = run_of(entry, settings, lr=entry.lrs[0], seed=0, steps=None, output=settings.output)
         try:
             check_settings(asked, tokenizer, config)
+            check_room(asked, config, tokenizer, data, force=False, console=Console(quiet=True))
         except GraftError as error:
-            yield entry, str(error)
+            yield entry, str(error).removesuffix("; or --force tries it all the same")
 
 
 def _hash(rows: Sequence[Any]) -> str:

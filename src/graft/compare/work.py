@@ -90,7 +90,7 @@ class Worker:
         classify = template_for(run, tokenizer, base.load_config(run.base)).mode == "classification"
         peak.reset()
         model = None if classify else self.base_of(run)
-        result = train(run, console=Console(quiet=True), model=model)
+        result = train(run, planned=True, console=Console(quiet=True), model=model)
         device = base.device_of(run.device)
         row = _trained(result) | {"peak_bytes": peak.read(device)}
         row["score"] = _score(result, unit["measure"]["metric"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from graft.fast.devices import autocast, is_cpu
 from graft.fast.products import linear
 
 CHUNK_BYTES = 32 << 20
@@ -122,7 +123,7 @@ class _Losses(torch.autograd.Function):
         sums = _Sums(weight_VD, bias_V, *now)
         rows_ND = torch.empty_like(hidden_ND) if rows else None
         losses_N = hidden_ND.new_empty(len(target_N), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with autocast(hidden_ND.device, None):
             least = hidden_ND.shape[1] if now[0] else 0
             parts = _chunks(hidden_ND, weight_VD, bias_V, target_N, *rule, grad=rows or any(now), least=least)
             for where, loss_C, grad_CV in parts:
@@ -148,7 +149,7 @@ class _Losses(torch.autograd.Function):
             return rows, None if weight is None else weight * above, None if bias is None else bias * above, None, None
         if hidden_ND is not None:
             sums = _Sums(weight_VD, bias_V, *ctx.needs_input_grad[1:3])
-            with torch.autocast(hidden_ND.device.type, enabled=False):
+            with autocast(hidden_ND.device, None):
                 for where, _, grad_CV in _chunks(hidden_ND, weight_VD, bias_V, target_N, *ctx.rule, grad=True):
                     assert grad_CV is not None
                     sums.add(grad_CV.mul_(above[where, None]), hidden_ND[where])
@@ -210,7 +211,7 @@ def _chunks(
     size = min(max(chunk_rows(vocabulary), least), len(target_N))
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     narrow = hidden_ND.dtype != wide
-    few = min(size, max(1, BLOCK_BYTES // (4 * vocabulary))) if hidden_ND.device.type == "cpu" else size
+    few = min(size, max(1, BLOCK_BYTES // (4 * vocabulary))) if is_cpu(hidden_ND.device) else size
     logits = hidden_ND.new_empty(few, vocabulary, dtype=wide) if narrow else None
     logp = hidden_ND.new_empty(few if narrow else size, vocabulary, dtype=wide)
     for first in range(0, len(target_N), max(size, 1)):

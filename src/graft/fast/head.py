@@ -68,6 +68,14 @@ def head_of(model: Any) -> OutputHead | None:
     return found
 
 
+def assume(model: Any) -> None:
+    """Take the loss of a model on the meta device, which cannot be tried, for the cross-entropy of its logits."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.is_meta:
+        path = next(path for path, each in model.named_modules() if each is head)
+        _heads[model] = OutputHead(path, head, roles.is_decoder(model))
+
+
 def tell(model: nn.Module, reason: str) -> None:
     """Say once why a model's losses are computed from the logits of whole batches."""
     told = _told.setdefault(model, set())
@@ -89,7 +97,7 @@ def why_not(model: Any, head: OutputHead, batch: dict[str, Any]) -> str | None:
     weight = module.weight
     if type(weight) not in (Tensor, nn.Parameter) or weight.shape != (module.out_features, module.in_features):
         return f"the weight of {head.path} is not a plain tensor"
-    if weight.is_meta:
+    if weight.is_meta and not all(parameter.is_meta for parameter in model.parameters()):
         return f"{head.path} is not in memory"
     own = {handle.id for handles in bank.handles.values() for handle in handles}
     if not own.issuperset([*module._forward_hooks, *module._forward_pre_hooks]):

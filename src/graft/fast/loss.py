@@ -24,6 +24,8 @@ from graft import roles
 from graft.bank import Bank, bank_of
 from graft.errors import RouteError
 from graft.fast.cross_entropy import losses, losses_through
+from graft.fast.devices import autocast as in_dtype
+from graft.fast.devices import autocast_of
 from graft.fast.head import COMPILED, OutputHead, finish_of, head_of, shifted, tell, why_not
 from graft.hooks import Replayed
 from graft.ids import IGNORED
@@ -152,8 +154,7 @@ class _Keep:
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BTD = args[0]
         self.inputs.append(x_BTD)
-        if torch.is_autocast_enabled(x_BTD.device.type):
-            self.autocast = torch.get_autocast_dtype(x_BTD.device.type)
+        self.autocast = autocast_of(x_BTD.device)
         self.bank.visit(self.head.path)
         self.slept, self.bank.asleep = self.bank.asleep, True
         return (x_BTD.new_empty(x_BTD.shape[0], 0, x_BTD.shape[2]), *args[1:])
@@ -271,7 +272,7 @@ def _run(
         entries = tuple(outer.entries[number] for number, _ in runs)
         bank.current = Route(entries, tuple(length for _, length in runs))
     try:
-        with torch.autocast(hidden_CD.device.type, dtype=autocast, enabled=autocast is not None):
+        with in_dtype(hidden_CD.device, autocast):
             return head.module(hidden_CD)
     finally:
         bank.current = outer

@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from transformers.pytorch_utils import Conv1D
 
+from graft.fast.devices import autocast_of
 from graft.fast.products import linear
 
 LINEARS = (nn.Linear, Conv1D)
@@ -67,7 +68,7 @@ def takes(module: nn.Module, hook: Any, x: Tensor, y: Tensor) -> bool:
     if not (x.dtype == y.dtype == weight.dtype and x.device == y.device == weight.device and y.is_contiguous()):
         return False
     special = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return not (special or torch.is_autocast_enabled(x.device.type))
+    return not (special or autocast_of(x.device) is not None)
 
 
 def add(

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graft.fast.devices import autocast, autocast_of, is_cpu
+
 if TYPE_CHECKING:
     from graft.attend import AttentionCall, Result
 
@@ -27,15 +29,15 @@ LONGEST = 256
 
 def may(model: Any) -> bool:
     """Whether a forward of this model, now, may have calls for `takes`."""
-    if not (model.training and torch.is_grad_enabled()) or model.device.type != "cpu":
+    if not (model.training and torch.is_grad_enabled()) or not is_cpu(model.device):
         return False
-    return model.dtype in LOW or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in LOW)
+    return model.dtype in LOW or autocast_of(model.device) in LOW
 
 
 def takes(call: AttentionCall) -> bool:
     """Whether a call is of whole short texts in 16 bits on a CPU, in training, and each query sees some key."""
     query, key, value = call.query_BHTD, call.key_BKSD, call.value_BKSD
-    if query.device.type != "cpu" or query.dtype not in LOW:
+    if not is_cpu(query.device) or query.dtype not in LOW:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
@@ -72,7 +74,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, tokens, _ = query_BHTD.shape
         key_NSD, value_NSD = key_BKSD.flatten(0, 1), value_BKSD.flatten(0, 1)
         query_NGTD = query_BHTD.reshape(len(key_NSD), -1, key_NSD.shape[-1])
-        with torch.autocast("cpu", enabled=False):
+        with autocast(query_BHTD.device, None):
             scores = torch.bmm(query_NGTD.float(), key_NSD.float().mT).mul_(scale)
             if mask is not None:
                 scores.view(batch, heads, tokens, -1).masked_fill_(~mask, float("-inf"))
@@ -88,7 +90,7 @@ class _Attention(torch.autograd.Function):
         query_NGTD, key_NSD, value_NSD, p = ctx.saved_tensors
         of_query, of_key, of_value = ctx.shapes
         grad = grad_BHTD.reshape(len(value_NSD), -1, value_NSD.shape[-1])
-        with torch.autocast("cpu", enabled=False):
+        with autocast(grad.device, None):
             to_value = torch.bmm(p.mT, grad)
             to_scores = torch.bmm(grad, value_NSD.mT)
             to_scores = torch._softmax_backward_data(to_scores, p, -1, p.dtype).mul_(ctx.scale)

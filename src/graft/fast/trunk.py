@@ -27,6 +27,7 @@ from graft.adapt import route
 from graft.adapter import Adapter
 from graft.bank import bank_of
 from graft.errors import SiteError
+from graft.fast.devices import autocast_of
 from graft.fast.store import Store
 from graft.freeze import ABOVE, LAYERDROPS, first_block
 
@@ -239,9 +240,8 @@ class _Text:
     """One text of a batch: its row and place there, and the key of its tokens."""
 
     def __init__(self, row: int, place: slice, ids: Tensor, more: bytes) -> None:
-        kind = ids.device.type
-        if torch.is_autocast_enabled(kind):
-            more += str(torch.get_autocast_dtype(kind)).encode()
+        dtype = autocast_of(ids.device)
+        more += b"" if dtype is None else str(dtype).encode()
         self.row, self.place, self.size = row, place, len(ids)
         self.key = hashlib.sha256(ids.cpu().numpy().tobytes() + b"|" + more).digest()
 

@@ -24,7 +24,7 @@ from pydantic import (
 
 from graft.errors import ConfigError
 from graft.method import REGISTRY, Method, from_dict
-from graft.settings import DEFAULT_METHOD, Number, Settings, number, read_yaml, tuples, validated
+from graft.settings import DEFAULT_METHOD, Number, Settings, number, override, read_yaml, tuples, validated
 
 
 def _numbers(value: Any) -> Any:
@@ -217,6 +217,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         ConfigError: no such file, no valid YAML, an unknown key (with the nearest known one), or a wrong type.
     """
     return make_run(read_yaml(path, "run", "base, data and output", overrides), str(path))
+
+
+def settings_of(settings: dict[str, Any], overrides: Sequence[str], where: str = "run") -> Run:
+    """As `load_run`, from what a YAML file would hold."""
+    for each in overrides:
+        override(settings, each)
+    return make_run(settings, where)
 
 
 def make_run(settings: dict[str, Any], where: str = "run") -> Run:

@@ -47,3 +47,19 @@ def enough_memory(args: TrainingArguments, rows: int) -> Iterator[None]:
             "train.accumulate instead, set train.gradient_checkpointing: true, lower data.max_length, or take a "
             "smaller precision (bf16, nf4)"
         ) from error
+
+
+@contextlib.contextmanager
+def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing while the block runs."""
+    # transformers before 5.23 has only the older name
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        model.disable_input_require_grads()  # only reentrant ones need them, and they keep the graph below top layers
+    try:
+        yield
+    finally:
+        if wanted:
+            getattr(model, f"{kind}_checkpointing_disable")()
+        model.eval()

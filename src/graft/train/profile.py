@@ -29,8 +29,9 @@ from graft.train import run as running
 from graft.train.clock import PARTS, Clock, measuring
 from graft.train.config import Run
 from graft.train.folder import PAGE, place, undone, write_text
+from graft.train.guards import checkpointing
 from graft.train.schedule import rate, warmup_steps
-from graft.train.setup import check_data, check_settings, needs_rows, open_model, read_data
+from graft.train.setup import check_data, check_settings, needs_rows, open_model, read_data, schedule_of
 from graft.train.trunk import open_trunk
 
 WARMUP, STEPS = 2, 10
@@ -132,14 +133,14 @@ def _measure(run: Run, scratch: Path) -> Profile:
     autocast = running._autocast(run)
     data = read_data(run, tokenizer, config)
     check_data(run, data)
-    schedule = running._schedule(run, data)
+    schedule = schedule_of(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
     model = open_model(run, data, tokenizer)
     found = Profile(run, needs_rows(run, data, model) if run.data.padding_free is not False else "data.padding_free")
     head = model.get_output_embeddings()
     found.vocabulary = 0 if head is None else head.weight.shape[0]
-    with running._quiet_transformers(), running._checkpointing(model, run.train.gradient_checkpointing):
+    with running._quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer: Any = running._trainer(run, scratch, model, tokenizer, data, schedule, autocast, ())
         trainer.args.eval_strategy = trainer.args.save_strategy = "no"
         trainer.args.eval_on_start = False

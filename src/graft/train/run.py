@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,21 @@ from graft.train import state as states
 from graft.train.compiled import Compiled
 from graft.train.config import Run
 from graft.train.folder import begin, begun, place, undone, write_text
+from graft.train.guards import checkpointing
 from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
 from graft.train.result import Result, peak_bytes, read_result, result_dict
 from graft.train.schedule import Schedule, rate, warmup_steps
-from graft.train.setup import Data, check_data, check_settings, length, open_model, padding_free, read_data
+from graft.train.setup import (
+    Data,
+    check_data,
+    check_settings,
+    length,
+    open_model,
+    padding_free,
+    read_data,
+    schedule_of,
+)
 from graft.train.trainer import GraftTrainer
 from graft.train.trunk import open_trunk
 
@@ -52,6 +61,8 @@ def train(
     run: Run,
     *,
     fresh: bool = False,
+    force: bool = False,
+    planned: bool = False,
     console: Console | None = None,
     callbacks: Sequence[Any] = (),
     model: PreTrainedModel | None = None,
@@ -62,6 +73,8 @@ def train(
     Args:
         run: the settings (`load_run`).
         fresh: start over in a new folder (`<output>-2`, ...).
+        force: train also where more memory is predicted than there is.
+        planned: the caller knows that it fits: nothing is predicted.
         console: where the data report and the progress go; None: the terminal. `Console(quiet=True)` is silent.
         callbacks: further `transformers.TrainerCallback`s.
         model: the run's base, loaded before and without the run's adapters; they stay attached. None: it is loaded.
@@ -69,7 +82,7 @@ def train(
 
     Raises:
         ConfigError: settings that cannot be, or other ones than the folder was begun with; or another process trains
-            in the folder.
+            in the folder; or the run needs more memory than there is.
         DataError: data over the limits.
         TrainingError: a loss or gradient that is not finite, or too little memory.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
@@ -80,7 +93,7 @@ def train(
         console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
         return read_result(run, folder)
     with undone(folder), locked(folder):
-        return _train(run, folder, console, callbacks, model, shared)
+        return _train(run, folder, console, callbacks, None if planned else force, model, shared)
 
 
 def data_report(run: Run) -> Report:
@@ -101,9 +114,12 @@ def _train(
     folder: Path,
     console: Console,
     callbacks: Sequence[Any],
+    force: bool | None,
     model: PreTrainedModel | None,
     shared: Path | None,
 ) -> Result:
+    from graft.planning.gate import check_room  # it plans by this folder's own settings and rows
+
     config = base.load_config(run.base)
     tokenizer = base.load_tokenizer(run.base)
     check_settings(run, tokenizer, config)
@@ -113,11 +129,13 @@ def _train(
     if not resumed:
         console.print(data.report.table())
     check_data(run, data)
-    schedule = _schedule(run, data)
+    if force is not None and not resumed:
+        check_room(run, config, tokenizer, data, force=force, console=console)
+    schedule = schedule_of(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
     model = open_model(run, data, tokenizer, model)
-    with _quiet_transformers(), _checkpointing(model, run.train.gradient_checkpointing):
+    with _quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         rows, times = _evaluations(run, data, schedule)
@@ -144,21 +162,6 @@ def _evaluations(run: Run, data: Data, schedule: Schedule) -> tuple[list[int], i
     """Tokens of each evaluation row, and how often they are evaluated."""
     every = run.train.eval_every or schedule.steps_per_epoch
     return [length(example) for example in data.evaluation or ()], 1 + -(-schedule.steps // every)
-
-
-def _schedule(run: Run, data: Data) -> Schedule:
-    settings = run.train
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return Schedule(
-        [length(example) for example in data.train],
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate * world,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=run.seed,
-        group=run.data.group,
-        pack=data.max_length if run.data.packing else None,
-    )
 
 
 def _autocast(run: Run) -> torch.dtype | None:
@@ -256,22 +259,6 @@ def _fit(trainer: GraftTrainer, folder: Path, schedule: Schedule, console: Conso
     if trainer.args.metric_for_best_model and best and best != step:
         states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
     return recorder
-
-
-@contextlib.contextmanager
-def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing while the block runs."""
-    # transformers before 5.23 has only the older name
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if wanted:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        model.disable_input_require_grads()  # only reentrant ones need them, and they keep the graph below top layers
-    try:
-        yield
-    finally:
-        if wanted:
-            getattr(model, f"{kind}_checkpointing_disable")()
-        model.eval()
 
 
 @contextlib.contextmanager

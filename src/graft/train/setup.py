@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
 from graft.ids import IGNORED
 from graft.train.config import Run
+from graft.train.schedule import Schedule
 
 log = logging.getLogger("graft")
 
@@ -156,8 +158,27 @@ def open_model(
     return model
 
 
-def padding_free(run: Run, data: Data, model: PreTrainedModel) -> bool:
+def schedule_of(run: Run, data: Data) -> Schedule:
+    """Which examples each batch has."""
+    settings = run.train
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return Schedule(
+        [length(example) for example in data.train],
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate * world,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=run.seed,
+        group=run.data.group,
+        pack=data.max_length if run.data.packing else None,
+    )
+
+
+def padding_free(run: Run, data: Data, model: PreTrainedModel, tried: PreTrainedModel | None = None) -> bool:
     """Whether the examples of a batch stand end to end in one row; where they could but do not, the log says why.
+
+    Args:
+        tried: a smaller model of the same class, where `model` has no numbers to try packing with.
 
     Raises:
         ConfigError: `data.padding_free` is true, and this model or method cannot.
@@ -165,7 +186,7 @@ def padding_free(run: Run, data: Data, model: PreTrainedModel) -> bool:
     asked = run.data.padding_free
     if run.data.packing:
         return interface.makes_no_mask(model)
-    reason = None if asked is False else needs_rows(run, data, model)
+    reason = None if asked is False else needs_rows(run, data, model, tried)
     if reason is None:
         return asked is not False
     if asked:
@@ -179,8 +200,8 @@ def length(example: Example) -> int:
     return max(len(example.input_ids), len(example.labels))
 
 
-def needs_rows(run: Run, data: Data, model: PreTrainedModel) -> str | None:
-    """Why examples must not stand in one row, if anything speaks against it."""
+def needs_rows(run: Run, data: Data, model: PreTrainedModel, tried: PreTrainedModel | None = None) -> str | None:
+    """Why examples must not stand in one row, if anything speaks against it; `tried` as in `padding_free`."""
     if data.template.mode != "causal":
         return f"{data.template.mode} takes each example in a row of its own"
     bank, kind = bank_of(model), type(model).__name__
@@ -193,7 +214,7 @@ def needs_rows(run: Run, data: Data, model: PreTrainedModel) -> str | None:
     if run.data.padding_free is None and not interface.makes_no_mask(model):
         return f"attention of {kind} would need a mask of all tokens by all tokens"
     try:
-        check_packing(model)
+        check_packing(model if tried is None else tried)
     except ConfigError:
         return f"{kind} lets examples of one row see each other"
     return None

@@ -1,0 +1,262 @@
+"""`graft plan`: what a run needs, whether it fits, and the smallest changes that make it fit. No weight is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from graft import base
+from graft.description import describe
+from graft.errors import ConfigError, SiteError
+from graft.planning.devices import CONTEXT, room
+from graft.planning.memory import Memory, answering, training
+from graft.planning.model import QUANTIZED, Given, config_of, heaviest, made_up, quantized_away, shapes_of
+from graft.planning.probe import Probe
+from graft.train.config import Run, make_run
+from graft.train.guards import checkpointing
+from graft.train.setup import read_data
+
+MARGIN = 0.95
+"""Of the room: what is predicted above this is said not to fit."""
+OFFERED = 3
+"""Changes that are named."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ANSWER = 128
+"""New tokens of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Settings under which a run fits, and what they cost."""
+
+    settings: dict[str, Any]
+    """By dotted key."""
+    total: int
+    price: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs on a device."""
+
+    base: str
+    method: str
+    precision: str
+    device: str
+    room: int
+    """Bytes that a process may take there."""
+    rows: int
+    tokens: int
+    """Positions of the heaviest batch, padding among them."""
+    total: int
+    trainable: int
+    """Values."""
+    training: Memory
+    inference: Memory | None
+    changes: tuple[Change, ...] | None = None
+    """Where it does not fit what would, each alone; None where that was not looked for."""
+    probe: Probe | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.training.total <= self.room * MARGIN
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON."""
+        found = asdict(self) | {"fits": self.fits, "training": self.training.to_dict()}
+        return found | {"inference": None if self.inference is None else self.inference.to_dict()}
+
+
+@dataclass(frozen=True)
+class _Needs:
+    memory: Memory
+    inference: Memory | None
+    rows: int
+    tokens: int
+    total: int
+    trainable: int
+    arithmetic: int
+
+
+def plan(
+    run: Run,
+    *,
+    length: int | None = None,
+    device: str | None = None,
+    given: Given | None = None,
+    changes: bool = True,
+    answers: bool = True,
+) -> Plan:
+    """What a run needs; nothing is loaded but the base's config, its tokenizer and the rows.
+
+    Args:
+        run: its settings.
+        length: tokens of made-up rows; None: the run's own rows are read.
+        device: see `planning.devices.room`; None: where the run would be.
+        given: what of it was read already.
+        changes: look for changes that make it fit, if it does not.
+        answers: predict generation too.
+
+    Raises:
+        ConfigError, SiteError, DataError: as training would.
+    """
+    name, space, on_cpu = room(device or run.device)
+    given = given or _read(run, length)
+
+    def needs(of: Run) -> _Needs:
+        now = given if length is None else replace(given, data=made_up(of, given.data.template.mode, length))
+        return _needs(of, now, on_cpu=on_cpu, answers=answers and of is run)
+
+    found = needs(run)
+    made = Plan(
+        base=run.base,
+        method=run.method.name,
+        precision=_precision(run, on_cpu),
+        device=name,
+        room=space,
+        rows=found.rows,
+        tokens=found.tokens,
+        total=found.total,
+        trainable=found.trainable,
+        training=found.memory,
+        inference=found.inference,
+        notes=tuple(_notes(run, on_cpu)),
+    )
+    if made.fits or not changes:
+        return made
+    return replace(made, changes=tuple(itertools.islice(_changes(run, found, needs, space), OFFERED)))
+
+
+def _read(run: Run, length: int | None) -> Given:
+    config = config_of(run.base)
+    if length is None:
+        tokenizer = base.load_tokenizer(run.base)
+        return Given(config=config, tokenizer=tokenizer, data=read_data(run, tokenizer, config))
+    data = made_up(run, _mode(run, config), length)
+    try:
+        return Given(config=config, tokenizer=base.load_tokenizer(run.base), data=data)
+    except ConfigError:
+        return Given(config=config, tokenizer=None, data=data)
+
+
+def _needs(run: Run, given: Given, *, on_cpu: bool, answers: bool) -> _Needs:
+    data, settings = given.data, run.train
+    mode = data.template.mode
+    dtype = DTYPES[run.precision if run.precision in DTYPES else _computes(on_cpu)]
+    model = shapes_of(run, given, dtype)
+    counts = describe(model)
+    batch = heaviest(run, data, model, given.tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0))
+    with checkpointing(model, settings.gradient_checkpointing):
+        memory, arithmetic = training(
+            model, batch, optimizer=settings.optimizer, accumulate=settings.accumulate, on_cpu=on_cpu
+        )
+    inference = None
+    if answers and mode != "classification":
+        longest = max(len(row.input_ids) for row in data.train)
+        inference = answering(model, settings.batch_size, longest, ANSWER, on_cpu=on_cpu)
+    beside = 0 if on_cpu else CONTEXT
+    less = quantized_away(model, run.precision) if run.precision in QUANTIZED else 0
+    memory = replace(memory, weights=memory.weights - less, other=memory.other + beside)
+    if inference is not None:
+        inference = replace(inference, weights=inference.weights - less, other=inference.other + beside)
+    rows = len(batch.get("segments") or batch["input_ids"])
+    return _Needs(memory, inference, rows, batch["input_ids"].numel(), counts.total, counts.trainable, arithmetic)
+
+
+def _changes(run: Run, now: _Needs, needs: Any, space: int) -> Iterator[Change]:
+    """Of each kind of change the smallest that fits, the kinds that cost least first."""
+
+    def tried(settings: dict[str, Any]) -> Change | None:
+        try:
+            found = needs(_with(run, settings))
+        except (ConfigError, SiteError):
+            return None  # a method that these settings cannot have
+        if found.memory.total > space * MARGIN:
+            return None
+        return Change(settings=settings, total=found.memory.total, price=_price(settings, found, now))
+
+    batches = list(_batches(run))
+    for kind in _kinds(run):
+        *larger, last = [kind | batch for batch in batches if kind or batch] or [{}]
+        if not last or tried(last) is None:
+            continue
+        yield next(change for change in map(tried, [*larger, last]) if change is not None)
+
+
+def _kinds(run: Run) -> Iterator[dict[str, Any]]:
+    again = [] if run.train.gradient_checkpointing else [{"train.gradient_checkpointing": True}]
+    smaller: list[dict[str, Any]] = [{}]
+    if _precision(run, on_cpu=True) == "fp32":
+        smaller.append({"precision": "bf16"})
+    if run.precision != "nf4":
+        smaller.append({"precision": "nf4"})
+    for precision in smaller:
+        for kept in ({}, *again):
+            yield precision | kept
+
+
+def _batches(run: Run) -> Iterator[dict[str, Any]]:
+    """The run's own batch, and halves of it down to one row."""
+    yield {}
+    rows, accumulate = run.train.batch_size, run.train.accumulate
+    while rows > 1:
+        accumulate, rows = accumulate * 2 if rows % 2 == 0 else -(-accumulate * rows // (rows // 2)), rows // 2
+        yield {"train.batch_size": rows, "train.accumulate": accumulate}
+
+
+def _with(run: Run, settings: dict[str, Any]) -> Run:
+    plain = run.model_dump()
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        place = plain
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return make_run(plain | {"method": run.method})
+
+
+def _price(settings: dict[str, Any], found: _Needs, now: _Needs) -> str:
+    parts = []
+    if "train.gradient_checkpointing" in settings:
+        share = found.arithmetic / max(1, found.rows) / (now.arithmetic / max(1, now.rows)) - 1
+        parts.append(f"{share:.0%} more arithmetic")
+    if "train.batch_size" in settings:
+        parts.append("the same steps in more and smaller batches")
+    if settings.get("precision") == "bf16":
+        parts.append("the base rounds to 16 bits")
+    if settings.get("precision") == "nf4":
+        parts.append("the base rounds to 4 bits (needs bitsandbytes), and each use makes its weights anew")
+    return ", ".join(parts)
+
+
+def _precision(run: Run, on_cpu: bool) -> str:
+    """As the run says it; auto as `load_base` takes it."""
+    return run.precision if run.precision != "auto" else _computes(on_cpu)
+
+
+def _computes(on_cpu: bool) -> str:
+    return "bf16" if not on_cpu or base.computes_bf16("cpu") else "fp32"
+
+
+def _mode(run: Run, config: Any) -> str:
+    given = run.data.template
+    if isinstance(given, dict) and "mode" in given:
+        return str(given["mode"])
+    return "seq2seq" if config.is_encoder_decoder else "causal"
+
+
+def _notes(run: Run, on_cpu: bool) -> Iterator[str]:
+    if run.train.compute == "bf16":
+        yield "autocast is not in the prediction: activations are counted in the base's own precision"
+    if run.train.trunk_cache:
+        yield "the states that train.trunk_cache may keep are not in the prediction: at most a quarter of what is free"
+    if run.train.compile:
+        yield "train.compile is not in the prediction"
+    if not on_cpu:
+        yield "no GPU has measured this prediction; CUDA's own part is taken as 600 MB"

@@ -1,0 +1,116 @@
+"""Two real steps on the batch that needs most memory: how long one takes, and what it holds at its peak."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import set_seed
+
+from graft import base
+from graft.planning.memory import bytes_of
+from graft.train import run as running
+from graft.train.config import Run
+from graft.train.guards import checkpointing, enough_memory
+from graft.train.setup import check_data, check_settings, open_model, read_data, schedule_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What two steps measured.
+
+    Attributes:
+        seconds: of the second optimizer step, its `train.accumulate` batches each the longest.
+        peak: bytes allocated at once, weights and optimizer state among them.
+        steps: of the whole run.
+    """
+
+    seconds: float
+    peak: int
+    steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return asdict(self)
+
+
+def probe(run: Run) -> Probe:
+    """Load the base, train two steps on the longest batch, and keep nothing of it.
+
+    Raises:
+        ConfigError, SiteError, DataError: as training would.
+        TrainingError: too little memory.
+    """
+    config, tokenizer = base.load_config(run.base), base.load_tokenizer(run.base)
+    check_settings(run, tokenizer, config)
+    data = read_data(run, tokenizer, config)
+    check_data(run, data)
+    schedule = schedule_of(run, data)
+    set_seed(run.seed)
+    model = open_model(run, data, tokenizer)
+    with (
+        tempfile.TemporaryDirectory(prefix="graft-probe-") as scratch,
+        running._quiet_transformers(),
+        checkpointing(model, run.train.gradient_checkpointing),
+    ):
+        autocast = running._autocast(run)
+        trainer: Any = running._trainer(run, Path(scratch), model, tokenizer, data, schedule, autocast, ())
+        rows = schedule.longest(flat=trainer.data_collator.inner.packed)
+        batch = trainer.data_collator([data.train[i] for i in rows])
+        with enough_memory(trainer.args, len(rows)):
+            return _measure(trainer, batch, schedule.steps)
+
+
+def _measure(trainer: Any, batch: dict[str, Any], steps: int) -> Probe:
+    model, optimizer = trainer.model, trainer.create_optimizer()
+    model.train()
+    cuda = trainer.args.device.type == "cuda"
+
+    def batches() -> None:
+        accumulate = trainer.args.gradient_accumulation_steps
+        given, items = trainer.get_batch_samples(iter([dict(batch)] * accumulate), accumulate, trainer.args.device)
+        for each in given:
+            trainer.training_step(model, each, items)
+
+    def rest() -> None:
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        model.zero_grad()
+
+    beside = 0 if cuda else peak(batches)
+    rest()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    batches()
+    rest()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if cuda:
+        return Probe(seconds=seconds, peak=torch.cuda.max_memory_allocated(), steps=steps)
+    state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
+    standing = bytes_of([*model.parameters(), *model.buffers(), *state])
+    return Probe(seconds=seconds, peak=standing + beside, steps=steps)
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes of a CPU's memory that `run` had allocated at once, beyond those before it."""
+    gc.collect()  # what others left would be released inside, and be missing from the peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    told: Any = seen.profiler
+    events = [event for event in told.kineto_results.events() if event.name() == "[memory]"]
+    most = now = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
+        now += size
+        most = max(most, now)
+    return most

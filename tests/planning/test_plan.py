@@ -1,0 +1,244 @@
+"""What a plan says of a run: counts, the batch, changes that fit, and what `train` does with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import graft
+from graft import base
+from graft.bank import bank_of
+from graft.data.collate import check_packing
+from graft.errors import ConfigError
+from graft.planning import devices, gate, model, probe
+from graft.planning.command import plan as verb
+from graft.planning.memory import answering, bytes_of
+from graft.planning.picture import draw, verdict
+from graft.planning.plan import plan
+from graft.planning.probe import peak
+from graft.train.config import Run, make_run, settings_of
+from graft.train.run import train
+from graft.train.setup import open_model, padding_free, read_data
+from tiny import MODELS, tiny
+
+MT0 = {
+    "model_type": "mt5",
+    "architectures": ["MT5ForConditionalGeneration"],
+    "vocab_size": 250112,
+    "d_model": 1024,
+    "d_kv": 64,
+    "num_heads": 16,
+    "d_ff": 2816,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+COUNTS = [
+    ({"method": "lora", "rank": 8}, 1_231_940_608, 2_359_296),
+    ({"method": "prompt-tuning", "length": 20}, 1_229_622_272, 40_960),
+    ({"method": "p-tuning", "length": 20, "hidden": 128}, 1_229_902_080, 320_768),
+    ({"method": "prefix-tuning", "length": 20}, 1_230_564_352, 983_040),
+    ({"method": "ia3"}, 1_229_863_936, 282_624),
+    ({"method": "full"}, 1_229_581_312, 1_229_581_312),
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """A file of prompts with answers of several lengths."""
+    file = tmp_path / "rows.jsonl"
+    told = [{"prompt": f"Cat {i} sees", "completion": "a dog and runs" + " away" * (i % 5)} for i in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in told))
+    return str(file)
+
+
+@pytest.fixture
+def run(rows: str, tmp_path: Path) -> Run:
+    """A short training of the embedded base."""
+    data = {"train": rows, "template": "plain"}
+    return make_run(
+        {"base": "embedded", "data": data, "output": str(tmp_path / "run"), "train": {"max_steps": 1, "batch_size": 2}}
+    )
+
+
+def made_up(path: str = "embedded", **more: Any) -> Run:
+    return settings_of({"base": path, "data": {"train": "made up"}, "output": "none", **more}, [])
+
+
+@pytest.mark.parametrize(("method", "total", "trainable"), COUNTS, ids=[str(each[0]["method"]) for each in COUNTS])
+def test_the_counts_of_the_mt0_large_table(method: dict[str, Any], total: int, trainable: int, tmp_path: Path) -> None:
+    """From a config.json alone, whose head is its own although the class's config says that it is tied."""
+    (tmp_path / "config.json").write_text(json.dumps(MT0))
+    own = model.Given(
+        config=model.config_of(str(tmp_path)), tokenizer=None, data=model.made_up(made_up(), "seq2seq", 4)
+    )
+    run = made_up(str(tmp_path / "config.json"), method=method, peft_compat=method["method"] != "full")
+    found = graft.describe(model.shapes_of(run, own, torch.float32))
+    assert (found.total, found.trainable) == (total, trainable)
+
+
+def test_a_folder_with_a_config_and_the_file_itself_are_planned_alike(tmp_path: Path) -> None:
+    tiny("t5").config.save_pretrained(tmp_path)
+    found = [plan(made_up(str(path)), length=12, device="24GB") for path in (tmp_path, tmp_path / "config.json")]
+    assert found[0].training == found[1].training and found[0].inference == found[1].inference
+    assert found[0].total == sum(p.numel() for p in tiny("t5").parameters()) + found[0].trainable
+    with pytest.raises(ConfigError, match="no config of a model"):
+        (tmp_path / "config.json").write_text("{")
+        plan(made_up(str(tmp_path / "config.json")), length=12)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_packing_is_tried_on_a_small_model_of_the_same_class(kind: str) -> None:
+    """The small one lets packed texts see each other exactly where the base itself does."""
+    real = tiny(kind)
+    if not hasattr(real, "lm_head") and not real.get_output_embeddings():
+        pytest.skip("not of language")
+    graft.attach(real, graft.LoRA(), "default")
+    config = real.config
+    config.architectures = [type(real).__name__]
+
+    def isolates(model: Any) -> bool:
+        try:
+            check_packing(model)
+        except ConfigError:
+            return False
+        return True
+
+    assert isolates(model.small(config, made_up())) == isolates(real)
+
+
+def test_the_plan_takes_the_batch_that_training_takes(run: Run) -> None:
+    tokenizer, config = base.load_tokenizer("embedded"), base.load_config("embedded")
+    data = read_data(run, tokenizer, config)
+    real = open_model(run, data, tokenizer)
+    assert padding_free(run, data, real)
+    found = plan(run)
+    longest = sorted((len(example.input_ids) for example in data.train), reverse=True)
+    assert found.rows == 2 and found.tokens <= sum(longest[:2])
+    assert found.trainable == sum(p.numel() for p in bank_of(real)["default"].parameters())
+
+
+def test_what_is_measured_by_two_real_steps(run: Run) -> None:
+    found = plan(run)
+    seen = probe.probe(run)
+    assert found.training.total == pytest.approx(seen.peak, rel=0.1)
+    assert seen.steps == 1 and seen.seconds > 0
+    assert not Path(run.output).exists()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_quantized_bases_take_what_bitsandbytes_takes(precision: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    real = base.load_base("embedded", precision=precision)
+    tensors = [*real.parameters()]
+    for module in real.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        tensors += [each for each in (getattr(weight, name, None) for name in ("CB", "SCB")) if each is not None]
+    run = made_up(precision=precision)
+    given = model.Given(config=base.load_config("embedded"), tokenizer=None, data=model.made_up(run, "causal", 4))
+    shape = model.shapes_of(run, given, real.dtype)
+    own = bytes_of(p for name, p in shape.named_parameters() if not name.startswith("adapters."))
+    assert own - model.quantized_away(shape, precision) == bytes_of(tensors)
+
+
+def test_answers_hold_what_generating_holds() -> None:
+    """The embedded base, four prompts of 48 tokens, 32 new ones."""
+    real = base.load_base("embedded", precision="fp32")
+    graft.attach(real, graft.IA3())
+    ids_BT = torch.randint(5, 500, (4, 48), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+    real.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+    seen = peak(lambda: real.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options))
+    shape = base.skeleton(base.load_config("embedded")).float()
+    graft.attach(shape, graft.IA3())
+    found = answering(shape, 4, 48, 32, on_cpu=True)
+    assert found.total - found.weights == pytest.approx(seen, rel=0.15)
+    config = real.config
+    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    assert found.cache <= 2 * config.num_hidden_layers * 4 * (48 + 32) * heads * width * 4
+
+
+def test_changes_that_make_it_fit_do(tmp_path: Path) -> None:
+    tiny("llama").config.save_pretrained(tmp_path)
+    settings = {"base": str(tmp_path), "data": {"train": "x"}, "output": "none", "precision": "fp32"}
+    run = make_run({**settings, "train": {"batch_size": 8}})
+    need = plan(run, length=64, device="24GB").training.total - devices.CONTEXT
+    tight = plan(run, length=64, device=f"{(need * 0.8 + devices.CONTEXT) / 0.95 / devices.GIB}GB")
+    kinds = [set(change.settings) for change in tight.changes or ()]
+    assert not tight.fits and {"train.batch_size", "train.accumulate"} in kinds and len(kinds) == 3
+    for change in tight.changes or ():
+        again = settings_of(
+            json.loads(json.dumps({**settings, "train": {"batch_size": 8}})),
+            [f"{key}={json.dumps(value)}" for key, value in change.settings.items()],
+        )
+        assert plan(again, length=64, device="24GB").training.total == change.total <= tight.room * 0.95
+        assert again.train.batch_size * again.train.accumulate == 8 and change.price
+    assert "it would with" in verdict(tight)
+    hopeless = plan(run, length=64, device="0.01GB")
+    assert hopeless.changes == () and "no setting that was tried" in verdict(hopeless)
+
+
+def test_devices_are_known_by_name_or_size() -> None:
+    assert devices.room("RTX 4090")[1] == int(24 * devices.GIB * devices.USABLE)
+    assert devices.room("24GB")[1] == 24 * devices.GIB
+    with pytest.raises(ConfigError, match=r"a100-80.*such as 24GB"):
+        devices.room("a100-8O")
+    assert 0 < devices.available() <= torch.iinfo(torch.int64).max
+
+
+def test_train_says_whether_it_fits_and_refuses_what_cannot(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available", lambda: 1 << 23)
+    console = Console(record=True, width=200, file=io.StringIO())
+    with pytest.raises(ConfigError, match=r"needs .* MB at its peak.*--force") as error:
+        train(run, console=console)
+    assert "\n" not in str(error.value)
+    assert "does not fit" in console.export_text() and not Path(run.output).exists()
+    assert train(run, force=True, console=Console(quiet=True)).metrics["steps"] == 1
+
+
+def test_a_plan_that_fails_stops_no_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no shapes\nof this")
+
+    monkeypatch.setattr(gate, "plan", broken)
+    with caplog.at_level(logging.INFO, "graft"):
+        assert train(run, console=Console(quiet=True)).metrics["steps"] == 1
+    assert "the memory is not predicted: no shapes of this" in caplog.text
+
+
+def test_the_verb(run: Run, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(verb)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(json.loads(run.model_dump_json()) | {"method": "lora"}))
+    shown = CliRunner().invoke(app, [str(file), "--json", "--picture", str(tmp_path / "bars.png")])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout[shown.stdout.index("{") :])
+    parts = {key: value for key, value in found["training"].items() if key != "total"}
+    assert found["fits"] and sum(parts.values()) == found["training"]["total"]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert "fits:" in CliRunner().invoke(app, ["base=embedded", "--length", "16"]).stdout
+    for arguments in (["base=embedded"], [str(file), str(file)], [str(file), "--probe", "--device", "h100"]):
+        assert isinstance(CliRunner().invoke(app, arguments).exception, ConfigError)
+
+
+def test_a_picture_is_renamed_into_place(tmp_path: Path) -> None:
+    draw(plan(made_up(), length=8, device="rtx4090"), tmp_path / "bars.png")
+    assert [each.name for each in tmp_path.iterdir()] == ["bars.png"]
