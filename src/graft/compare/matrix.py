@@ -321,7 +321,10 @@ def _file_name(settings: MatrixSettings, sets: _Sets, base: str, approach: str, 
     """Readable, and with a hash of all that the result depends on."""
     arm = settings.methods.get(approach)
     depends = [sets.digest, base, approach, seed, one_pattern(sets.template, pattern).to_dict(), settings.precision]
-    depends += [None if approach == ZERO else [settings.shots, settings.balanced], approach == ICL and settings.calibrated]
+    depends += [
+        None if approach == ZERO else [settings.shots, settings.balanced],
+        approach == ICL and settings.calibrated,
+    ]
     depends.append(None if arm is None else arm.model_dump(mode="json"))
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
     return f"{_name(base)}-{approach}-pattern{pattern}-seed{seed}-{digest}"

@@ -35,7 +35,10 @@ def matrix_html(found: dict[str, Any]) -> str:
     Args:
         found: see `cells.summary`.
     """
-    parts = ['<section class="matrix"><h2>Fine-tuning against in-context learning</h2>', f"<p>{escape(_caption(found))}</p>"]
+    parts = [
+        '<section class="matrix"><h2>Fine-tuning against in-context learning</h2>',
+        f"<p>{escape(_caption(found))}</p>",
+    ]
     parts += [f"<p>{escape(note)}</p>" for note in found["notes"]]
     for test, pattern in _panels(found):
         rows, columns = _axes(found)

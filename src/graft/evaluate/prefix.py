@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -121,10 +122,13 @@ def _shared(
                 return None
         for numbers in by_length([len(host) for host in hosts], batch_size):
             rows = [hosts[number][shared:] for number in numbers]
-            logits_BTV = _forward(model, rows, entry, cache, tokenizer).logits
+            starts = [len(answers[g].read) - len(answers[g].targets) for number in numbers for g in guests[number]]
+            width = max(map(len, rows)) + shared - min(starts)
+            logits_BTV = _forward(model, rows, entry, cache, tokenizer, width=width).logits
+            skipped = shared + max(map(len, rows)) - logits_BTV.shape[1]
             for b, number in enumerate(numbers):
                 for guest in guests[number]:
-                    stop = len(answers[guest].read) - shared
+                    stop = len(answers[guest].read) - skipped
                     targets = torch.tensor(answers[guest].targets, device=logits_BTV.device)
                     logits = logits_BTV[b, stop - len(targets) : stop].float()
                     found[guest] = -float(F.cross_entropy(logits, targets, reduction="sum"))
@@ -157,16 +161,25 @@ def _forward(
     entry: Any,
     cache: DynamicCache | None,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    width: int = 1,
     keep: bool = False,
 ) -> Any:
-    """What the model makes of rows, padded right, behind the prefix in `cache`, which stays as it is."""
-    width, past = max(map(len, rows)), 0 if cache is None else cache.get_seq_length()
+    """What the model makes of rows, padded right, behind the prefix in `cache`, which stays as it is.
+
+    Args:
+        width: how many of the last places need logits; a model that cannot leave some out gives all.
+        keep: make a cache.
+    """
+    longest, past = max(map(len, rows)), 0 if cache is None else cache.get_seq_length()
     fill = pad_id(tokenizer)
-    ids_BT = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * (past + len(row)) + [0] * (width - len(row)) for row in rows])
-    batch = on_device({"input_ids": ids_BT, "attention_mask": mask}, model)
+    ids_BT = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * (past + len(row)) + [0] * (longest - len(row)) for row in rows])
+    batch: dict[str, Any] = on_device({"input_ids": ids_BT, "attention_mask": mask}, model)
     if cache is not None:
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(rows))
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        batch["logits_to_keep"] = width
     with routed(model, [entry] * len(rows)):
         return model(**batch, past_key_values=cache, use_cache=keep or cache is not None)

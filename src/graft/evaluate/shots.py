@@ -164,7 +164,9 @@ def _most(pool: Sequence[Row], limit: int, seed: int, balanced: bool | None) -> 
 
 def _asked(row: Row, messages: tuple[Message, ...], template: Template) -> Row:
     answer = messages[-1].content
-    return dataclasses.replace(row, form="chat", messages=messages, completion=answer, references=_rights(row, template))
+    return dataclasses.replace(
+        row, form="chat", messages=messages, completion=answer, references=_rights(row, template)
+    )
 
 
 def _prompted(row: Row, prompt: str, template: Template) -> Row:
