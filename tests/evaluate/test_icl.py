@@ -361,7 +361,7 @@ def test_refusals(
 
 def test_rows_that_cannot_be_asked(tokenizer: PreTrainedTokenizerBase, pool: list[Row], tmp_path: Path) -> None:
     model = speaking("llama", max_position_embeddings=512)
-    with pytest.raises(DataError, match="row 4: drawn as a demonstration, and .* asks the same"):
+    with pytest.raises(DataError, match=r"row 4: drawn as a demonstration, and .* asks the same"):
         few_shot(model, tokenizer, pool[3:4], pool, MOODS, shots=9)
     with pytest.raises(DataError, match="no rows to evaluate"):
         few_shot(model, tokenizer, [], pool, MOODS)

@@ -39,7 +39,7 @@ def summary(
     for (base, approach, test, pattern), by_seed in values.items():
         seeds = sorted(by_seed)
         named = NAMES.get(approach, approach)
-        entry = {"base": base, "approach": approach, "label": f"{named}, {base}" if several else named}
+        entry: dict[str, Any] = {"base": base, "approach": approach, "label": f"{named}, {base}" if several else named}
         entry |= {"test": test, "pattern": pattern, "seeds": seeds, "values": [by_seed[seed] for seed in seeds]}
         entry |= _mean(entry["values"], facts["tests"][test]["rows"])
         shares = facts["tests"][test]["shares"].values()
@@ -63,7 +63,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float |
 
 
 def near_chance(interval: dict[str, Any], rarest: float, commonest: float) -> bool:
-    """Whether an interval meets what saying one label always could get: from the rarest label's share to the commonest's."""
+    """Whether an interval meets what always saying one label gets: from the rarest's share to the commonest's."""
     return bool(interval["low"] <= commonest and interval["high"] >= rarest)
 
 
@@ -101,7 +101,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
         part = "Every" if len(near) == len(accuracies) else f"{len(near)} of {len(accuracies)}"
         noun = "accuracy is" if part == "Every" else "accuracies are"
         notes.append(
-            f"{part} {noun} near chance: the 95 % interval over seeds (without seeds, over rows) meets what always saying one label gets. "
+            f"{part} {noun} near chance: the 95 % interval over seeds (without seeds, over rows) "
+            "meets what always saying one label gets. "
             "Differences between such accuracies say nothing about the approaches."
         )
     tested = [cell for cell in cells if cell["p"] is not None]
@@ -110,7 +111,7 @@ def _notes(found: dict[str, Any]) -> list[str]:
     if tested:
         notes.append(
             f"Of {len(tested)} cells fine-tuning is better in {len(better)} and in-context learning in {len(worse)} "
-            f"(p < {LEVEL:g}, each cell for itself; without any difference {LEVEL * len(tested):.1f} would be so by chance)."
+            f"(p < {LEVEL:g}, each cell for itself; by chance alone {LEVEL * len(tested):.1f} would be)."
         )
     if len(tested) < len(cells):
         notes.append(f"{len(cells) - len(tested)} cells have no test: fewer than two seeds, or no variance.")

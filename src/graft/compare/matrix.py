@@ -265,7 +265,12 @@ def _train(
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(rows, "".join(json.dumps(dict(row.fields), ensure_ascii=False) + "\n" for row in drawn))
     arm = settings.methods[unit["approach"]]
-    run = {"base": base, "precision": settings.precision, "device": settings.device, "output": str(place)}
+    run: dict[str, Any] = {
+        "base": base,
+        "precision": settings.precision,
+        "device": settings.device,
+        "output": str(place),
+    }
     run |= {"method": arm.method.to_dict(), "train": arm.train.model_dump(), "seed": unit["seed"]}
     run["data"] = {"train": str(rows), "columns": {name: name for name in names}, "template": template.to_dict()}
     train(make_run(run), console=Console(quiet=True))

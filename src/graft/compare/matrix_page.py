@@ -186,6 +186,7 @@ def _caption(found: dict[str, Any]) -> str:
     sets = ", ".join(f"{name} ({each['rows']} rows)" for name, each in facts["tests"].items())
     patterns = "; ".join(f"pattern {number}: {text!r}" for number, text in facts["patterns"].items())
     return (
-        f"{settings['shots']} examples, {settings['seeds']} seeds; tests: {sets}; {patterns}. Each cell: the mean accuracy "
-        "of fine-tuning minus that of in-context learning; * p < .05, ** p < .01, *** p < .001 (Welch), framed below .05."
+        f"{settings['shots']} examples, {settings['seeds']} seeds; tests: {sets}; {patterns}. Each cell: the mean "
+        "accuracy of fine-tuning minus that of in-context learning; * p < .05, ** p < .01, *** p < .001 (Welch), "
+        "framed below .05."
     )

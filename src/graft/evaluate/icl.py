@@ -107,28 +107,18 @@ def few_shot(
     template = one_pattern(template.fit([*pool, *rows], tokenizer), pattern)
     drawn = fitting(model, tokenizer, rows, pool, template, shots, seed, balanced=balanced, entries=entries)
     _check_apart(rows, drawn)
+    more: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if rows[0].form == "label":
-        found = [
-            label_scores(model, tokenizer, rows, drawn, template, entry, calibrate, batch_size, progress=progress)
-            for entry in entries
-        ]
+        found = [label_scores(model, tokenizer, rows, drawn, template, e, calibrate, **more) for e in entries]
         answers = {label: each.chosen(calibrate) for label, each in zip(labels, found, strict=True)}
         right = [template.answer(row) for row in rows]
-        scores: Scores = {
-            label: {name: measures.LABEL[name](texts, right) for name in chosen} for label, texts in answers.items()
-        }
-        return FewShot(scores, answers, tuple(drawn))
+        return FewShot(_scores(measures.LABEL, chosen, answers, right), answers, tuple(drawn))
     asked, made = with_shots(rows, drawn, template)
-    answers = generate(
-        model, tokenizer, asked, made, entries, batch_size=batch_size, decoding=decoding, progress=progress
-    )
+    answers = generate(model, tokenizer, asked, made, entries, decoding=decoding, **more)
     if template.kind != "chat":
         answers = {label: [text.split(BETWEEN)[0].strip() for text in texts] for label, texts in answers.items()}
     references = [made.references(row) for row in asked]
-    scores = {
-        label: {name: measures.TEXT[name](texts, references) for name in chosen} for label, texts in answers.items()
-    }
-    return FewShot(scores, answers, tuple(drawn))
+    return FewShot(_scores(measures.TEXT, chosen, answers, references), answers, tuple(drawn))
 
 
 def label_scores(
@@ -184,6 +174,10 @@ def one_pattern(template: Template, pattern: int | None) -> Template:
     if not 0 <= pattern < len(prompts):
         raise ConfigError(f"pattern {pattern}: the template has {len(prompts)}, counted from 0")
     return dataclasses.replace(template, task=dataclasses.replace(template.task, templates=(prompts[pattern],)))  # type: ignore[type-var]
+
+
+def _scores(known: Any, chosen: Sequence[str], answers: dict[str, list[str]], right: Sequence[Any]) -> Scores:
+    return {label: {name: known[name](texts, right) for name in chosen} for label, texts in answers.items()}
 
 
 def _answered(row: Row, word: str, template: Template) -> Row:

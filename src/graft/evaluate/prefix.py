@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -106,8 +105,8 @@ def _shared(
     if any(SLOT in answer.read or not answer.targets for answer in answers):
         return None
     hosts, place = _hosts([answer.read for answer in answers])
-    shared = len(os.path.commonprefix(hosts))
-    shared = min(shared, *(len(a.read) - len(a.targets) for a in answers))
+    differ = (n for n, tokens in enumerate(zip(*hosts, strict=False)) if len(set(tokens)) > 1)
+    shared = min(next(differ, len(hosts[0])), *(len(a.read) - len(a.targets) for a in answers))
     shared = shared if shared >= LEAST else 0
     guests: list[list[int]] = [[] for _ in hosts]
     for number, host in enumerate(place):
