@@ -185,6 +185,20 @@ def test_encoder_decoders_read_the_demonstrations_in_the_encoder(
             assert float(score) == pytest.approx(-float(loss), abs=1e-4)
 
 
+def test_sliding_windows_are_asked_whole(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
+    """Their cache drops what later rows may need, so it is not shared."""
+    model, shots, template = speaking("gemma2", sliding_window=16), draw(pool, 4, 1), one_pattern(MOODS, 0)
+    rows, made = with_shots(asked, shots, template)
+    examples = [prefix.without_end(each, tokenizer.eos_token_id) for each in made.examples(rows, tokenizer)]
+    assert prefix._shared(model, tokenizer, examples, None, 4, None) is None
+    assert prefix._shared(speaking("llama"), tokenizer, examples, None, 4, None) is not None
+    found = label_scores(model, tokenizer, asked, shots, template)
+    for row, scores in zip(asked, found.log_NC, strict=True):
+        text = f"{written(shots)}Review: {row.text}\nMood:"
+        right = [by_hand(model, tokenizer, text, f" {word}") for word in WORDS.values()]
+        torch.testing.assert_close(scores, torch.tensor(right), rtol=0, atol=1e-4)
+
+
 def test_bfloat16_shares_too(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
     model = adapted(load_base("embedded", precision="bf16"), noise=0.02, one=graft.LoRA())
     for entry in (None, "one"):

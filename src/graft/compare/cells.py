@@ -27,7 +27,7 @@ def summary(
         `settings`, `facts`, `failed`; `accuracies`, one entry for each approach of a base, pattern and test, with the
         `values` of its `seeds`, their `mean`, its 95 % interval `low` to `high`, and whether that is `near_chance`;
         `cells`, the `difference` of means, fine-tuning (`column`) minus in-context learning (`row`), with Welch's `t`
-        and `p`; and `notes`, in words.
+        and `p`, and whether both are `near_chance`; and `notes`, in words.
     """
     several = len(settings["bases"]) > 1
     values: dict[tuple[str, str, str, int], dict[int, float]] = {}
@@ -88,8 +88,14 @@ def _cells(accuracies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             same = (row["test"], row["pattern"]) == (column["test"], column["pattern"])
             if same and column["approach"] not in NAMES:
                 t, p = welch(column["values"], row["values"])
-                cell = {"test": row["test"], "pattern": row["pattern"], "row": row["label"], "column": column["label"]}
-                cells.append(cell | {"difference": column["mean"] - row["mean"], "t": t, "p": p})
+                cell: dict[str, Any] = {
+                    "test": row["test"],
+                    "pattern": row["pattern"],
+                    "row": row["label"],
+                    "column": column["label"],
+                }
+                cell |= {"difference": column["mean"] - row["mean"], "t": t, "p": p}
+                cells.append(cell | {"near_chance": row["near_chance"] and column["near_chance"]})
     return cells
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from graft.compare.cells import LEVEL
 from graft.train.folder import write_text
 
+LEAST = 0.2
+"""A difference that has full colour, if none is larger: small ones shall look small."""
 JSON, CSV, HTML, PICTURE = "matrix.json", "matrix.csv", "matrix.html", "matrix"
 
 
@@ -30,7 +32,7 @@ def write_page(found: dict[str, Any], folder: Path) -> None:
 
 
 def matrix_html(found: dict[str, Any]) -> str:
-    """The matrices of each test and pattern, the accuracies and the notes as HTML without head, scripts or pictures.
+    """The matrix of each test and pattern, the accuracies and the notes as HTML without head, scripts or pictures.
 
     Args:
         found: see `cells.summary`.
@@ -65,11 +67,10 @@ def plot(found: dict[str, Any], stem: Path) -> None:
     from matplotlib.patches import Rectangle
 
     rows, columns = _axes(found)
-    tests, patterns = list(found["facts"]["tests"]), list(found["facts"]["patterns"])
-    most = max((abs(cell["difference"]) for cell in found["cells"]), default=0.0)
-    most = max(0.05, most)
+    tests, patterns = _tests(found), list(found["facts"]["patterns"])
+    most = max((LEAST, *(abs(cell["difference"]) for cell in found["cells"])))
     width = 2.2 + len(patterns) * (0.6 + 1.15 * len(columns))
-    height = 1.6 + len(tests) * (0.85 + 0.5 * len(rows))
+    height = 1.6 + len(tests) * (0.6 + 0.6 * len(rows))
     with rc_context({"svg.hashsalt": "graft", "svg.fonttype": "none"}):
         figure = Figure(figsize=(max(width, 6.5), height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)  # no window, whatever the machine's settings say
@@ -83,7 +84,7 @@ def plot(found: dict[str, Any], stem: Path) -> None:
                 for y, each in enumerate(cells):
                     for x, cell in enumerate(each):
                         dark = cell is not None and abs(cell["difference"]) > 0.65 * most
-                        axes.text(x, y, _text(cell), ha="center", va="center", fontsize=9, color="w" if dark else "k")
+                        axes.text(x, y, _text(cell), ha="center", va="center", fontsize=8, color="w" if dark else "k")
                         if cell is not None and cell["p"] is not None and cell["p"] < LEVEL:
                             box = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, linewidth=1.6, edgecolor="k")
                             axes.add_patch(box)
@@ -94,7 +95,7 @@ def plot(found: dict[str, Any], stem: Path) -> None:
                 axes.spines[:].set_visible(False)
         figure.supxlabel("fine-tuning", fontsize=10)
         figure.supylabel("in-context learning", fontsize=10)
-        figure.suptitle("Accuracy of fine-tuning minus in-context learning", fontsize=11)
+        figure.suptitle("Accuracy of fine-tuning minus in-context learning (framed: Welch's p < .05)", fontsize=11)
         if image is not None:
             figure.colorbar(image, ax=grid, shrink=0.8, format="{x:+.2f}")
         for kind in ("png", "svg"):
@@ -118,7 +119,7 @@ def _csv(found: dict[str, Any]) -> str:
 
 def _table(found: dict[str, Any]) -> str:
     """Accuracies: a line for each approach and pattern, a column for each test."""
-    tests = list(found["facts"]["tests"])
+    tests = _tests(found)
     of = {(entry["label"], entry["pattern"], entry["test"]): entry for entry in found["accuracies"]}
     lines = []
     for label, pattern in dict.fromkeys((label, pattern) for label, pattern, _ in of):
@@ -142,9 +143,12 @@ def _accuracy(entry: dict[str, Any]) -> str:
 
 def _panels(found: dict[str, Any]) -> list[tuple[str, int]]:
     """Tests in domain first, each with all patterns."""
-    facts = found["facts"]
-    tests = sorted(facts["tests"], key=lambda test: facts["tests"][test]["out_of_domain"])
-    return [(test, int(pattern)) for test in tests for pattern in facts["patterns"]]
+    return [(test, int(pattern)) for test in _tests(found) for pattern in found["facts"]["patterns"]]
+
+
+def _tests(found: dict[str, Any]) -> list[str]:
+    tests = found["facts"]["tests"]
+    return sorted(tests, key=lambda test: bool(tests[test]["out_of_domain"]))
 
 
 def _axes(found: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -165,7 +169,8 @@ def _stars(p: float | None) -> str:
 def _text(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "no result"
-    return f"{cell['difference']:+.3f}{_stars(cell['p'])}" + ("\n(no test)" if cell["p"] is None else "")
+    more = ["no test"] * (cell["p"] is None) + ["near chance"] * cell["near_chance"]
+    return f"{cell['difference']:+.3f}{_stars(cell['p'])}" + "".join(f"\n{each}" for each in more)
 
 
 def _td(cell: dict[str, Any] | None) -> str:
@@ -173,7 +178,8 @@ def _td(cell: dict[str, Any] | None) -> str:
         return "<td>no result</td>"
     style = ' style="outline:2px solid;outline-offset:-2px"' if cell["p"] is not None and cell["p"] < LEVEL else ""
     test = "no test" if cell["p"] is None else f"p = {cell['p']:.2g}"
-    return f"<td{style}>{cell['difference']:+.3f}{_stars(cell['p'])} ({test})</td>"
+    near = ", near chance" if cell["near_chance"] else ""
+    return f"<td{style}>{cell['difference']:+.3f}{_stars(cell['p'])} ({test}{near})</td>"
 
 
 def _title(found: dict[str, Any], test: str, pattern: int) -> str:
