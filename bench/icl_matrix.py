@@ -62,18 +62,17 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     started = time.perf_counter()
     found = run_matrix(make_matrix(settings, "bench/icl_matrix.py"), work, Console())
-    seconds = time.perf_counter() - started
-    print(f"{seconds:.0f} s in this call")
+    print(f"{time.perf_counter() - started:.0f} s in this call, {found['seconds']:.0f} s for all results")
     if not options.quick:
-        keep(found, work, seconds)
+        keep(found, work)
 
 
-def keep(found: dict[str, object], work: Path, seconds: float) -> None:
+def keep(found: dict[str, object], work: Path) -> None:
     """Copy the summary and the pictures, with the machine that made them; sources by their names alone."""
     OUT.mkdir(parents=True, exist_ok=True)
     for file in ("matrix.csv", "matrix.png", "matrix.svg", "matrix.html"):
         shutil.copyfile(work / file, OUT / file)
-    told = {"machine": common.facts(), "commit": common.commit(), "seconds_of_last_call": round(seconds)}
+    told = {"machine": common.facts(), "commit": common.commit()}
     text = json.dumps({**found, **told}, indent=1, ensure_ascii=False).replace(f"{common.DATA}/", "")
     (OUT / "matrix.json").write_text(text + "\n", encoding="utf-8")
 

@@ -27,7 +27,8 @@ def summary(
         `settings`, `facts`, `failed`; `accuracies`, one entry for each approach of a base, pattern and test, with the
         `values` of its `seeds`, their `mean`, its 95 % interval `low` to `high`, and whether that is `near_chance`;
         `cells`, the `difference` of means, fine-tuning (`column`) minus in-context learning (`row`), with Welch's `t`
-        and `p`, and whether both are `near_chance`; and `notes`, in words.
+        and `p`, and whether both are `near_chance`; the `seconds` of all
+        results; and `notes`, in words.
     """
     several = len(settings["bases"]) > 1
     values: dict[tuple[str, str, str, int], dict[int, float]] = {}
@@ -47,6 +48,7 @@ def summary(
         accuracies.append(entry)
     found: dict[str, Any] = {"settings": settings, "facts": facts, "failed": list(failed)}
     found |= {"accuracies": accuracies, "cells": _cells(accuracies)}
+    found["seconds"] = round(sum(result.get("seconds", 0.0) for result in results), 2)
     found["notes"] = _notes(found)
     return found
 
