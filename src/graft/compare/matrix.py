@@ -1,0 +1,369 @@
+"""Few-shot fine-tuning against in-context learning, after Mosbach et al. 2023 (arXiv 2305.16938).
+
+For each seed the same demonstrations are drawn from the training rows once. In-context learning puts them in front of
+the question; fine-tuning trains on them with the same pattern and the same words (pattern-based fine-tuning), and then
+answers the pattern alone. Both choose the likeliest word. Every (base, approach, pattern, seed) is tested on the same
+rows of each set, in and out of domain, and is one JSON file in `<folder>/results`, whose name has a hash of all that
+it depends on: the same call goes on where it was stopped, and a changed setting makes new results.
+
+As in the paper: 16 examples, 10 seeds, a Welch test for each cell of mean differences. Otherwise: no checkpoint is
+chosen by a test set, the last one counts; and calibrated scores stand beside plain ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.console import Console
+
+from graft.adapt import detach
+from graft.base import load_base, load_tokenizer
+from graft.compare.cells import summary
+from graft.compare.matrix_page import write_page
+from graft.data.rows import Row, load_rows
+from graft.data.template import Template
+from graft.errors import ConfigError, DataError, GraftError
+from graft.evaluate.icl import label_scores, one_pattern
+from graft.evaluate.metrics import accuracy
+from graft.evaluate.shots import draw, fitting, with_shots
+from graft.files import load
+from graft.train.config import MethodField, TrainSettings, make_run
+from graft.train.folder import write_text
+from graft.train.run import Interrupted, train
+
+ICL, CALIBRATED, ZERO = "icl", "icl_calibrated", "zero_shot"
+"""What the approaches without training are called; a method has the name that its settings give it."""
+TUNED = "tuned"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TestSettings(_Settings):
+    """A set of rows that every approach is tested on."""
+
+    source: str
+    split: str | None = None
+    columns: dict[str, str] = {}
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Test so many rows, the first that are short enough; None: all."""
+    out_of_domain: bool = False
+
+
+class ArmSettings(_Settings):
+    """A fine-tuning: a method, and how it is trained."""
+
+    method: MethodField
+    train: TrainSettings = TrainSettings(epochs=40, batch_size=16)
+
+
+class MatrixSettings(_Settings):
+    """What `run_matrix` runs; the key `matrix` of a `compare.yaml`."""
+
+    bases: Annotated[list[str], Field(min_length=1)]
+    """One base, or several sizes."""
+    precision: str = "auto"
+    device: str | None = None
+    train: str
+    """The rows that examples are drawn from."""
+    split: str | None = None
+    columns: dict[str, str] = {}
+    tests: Annotated[dict[str, TestSettings], Field(min_length=1)]
+    template: dict[str, Any]
+    """As `data.template` of a run: kind, and a task, or templates (the patterns) and a verbalizer."""
+    patterns: list[int] | None = None
+    """Which of the template's prompts, from 0; None: each."""
+    methods: Annotated[dict[str, ArmSettings], Field(min_length=1)]
+    shots: Annotated[int, Field(ge=1)] = 16
+    seeds: Annotated[int, Field(ge=1)] = 10
+    balanced: bool | None = None
+    """As many examples of each label; None: yes."""
+    calibrated: bool = True
+    """In-context learning with contextual calibration beside the plain one."""
+    max_shot_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Draw only rows that are so short in every pattern, with their answer; None: all."""
+    max_question_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Test only rows that are so short in every pattern, with their answer; None: all."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    keep_adapters: bool = False
+    """Leave the folders of the trainings; otherwise each is removed once its result is written."""
+
+    @model_validator(mode="after")
+    def _names(self) -> MatrixSettings:
+        for name in self.methods:
+            if name in (ICL, CALIBRATED, ZERO) or not name.replace("-", "_").isidentifier():
+                raise ConfigError(f"matrix.methods.{name}: take another name, of letters, digits, - and _")
+        labels = [_name(base) for base in self.bases]
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"matrix.bases: two are called {Counter(labels).most_common(1)[0][0]}; name each once")
+        return self
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """The rows that a matrix is made of, and how many were left out for their length."""
+
+    template: Template
+    patterns: list[int]
+    pool: list[Row]
+    tests: dict[str, list[Row]]
+    left_out: dict[str, int]
+    digest: str
+
+
+def load_matrix(path: str | Path) -> MatrixSettings:
+    """The settings under the key `matrix` of a YAML file.
+
+    Raises:
+        ConfigError: no such file or key, an unknown key, or a wrong type.
+    """
+    try:
+        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("matrix"), dict):
+        raise ConfigError(f"{path}: no key 'matrix' with settings; docs/icl.md has an example")
+    return make_matrix(found["matrix"], str(path))
+
+
+def make_matrix(settings: dict[str, Any], where: str = "matrix") -> MatrixSettings:
+    """The settings from plain data; `where` stands in errors.
+
+    Raises:
+        ConfigError: an unknown key, a missing key or a wrong type.
+    """
+    try:
+        return MatrixSettings.model_validate(settings)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        key = ".".join(["matrix", *map(str, first["loc"])])
+        message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(first["type"], first["msg"])
+        raise ConfigError(f"{where}: {key}: {message[0].lower()}{message[1:]}") from None
+
+
+def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | None = None) -> dict[str, Any]:
+    """Run what is not there yet, and write `matrix.json`, `.csv`, `.html`, `.png` and `.svg` into the folder.
+
+    Args:
+        settings: see `MatrixSettings`.
+        folder: made if it is not there.
+        console: where a line for each result goes; None: the terminal.
+
+    Returns:
+        What `matrix.json` holds: see `cells.summary`.
+
+    Raises:
+        ConfigError, DataError: settings or rows that cannot be used.
+        Interrupted: a training was stopped; the same call goes on.
+    """
+    console, folder = console or Console(), Path(folder).expanduser()
+    sets = _sets(settings)
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for base in settings.bases:
+        tokenizer = load_tokenizer(base)
+        model: Any = None
+        for pattern, seed, approach in _units(settings, sets):
+            file = folder / "results" / f"{_file_name(settings, sets, base, approach, pattern, seed)}.json"
+            if file.is_file():
+                results.append(json.loads(file.read_text(encoding="utf-8")))
+                continue
+            if model is None:
+                model = load_base(base, precision=settings.precision, device=settings.device)
+            started = time.perf_counter()
+            unit = {"base": _name(base), "approach": approach, "pattern": pattern, "seed": seed}
+            try:
+                found = _measure(settings, sets, base, model, tokenizer, unit, folder / "runs" / file.stem)
+            except Interrupted:
+                raise
+            except GraftError as error:
+                if approach not in settings.methods:
+                    raise
+                failed.append({**unit, "why": str(error)})
+                console.print(f"{_told(unit)}: skipped, {error}", highlight=False, soft_wrap=True)
+                continue
+            found["seconds"] = round(time.perf_counter() - started, 2)
+            write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            if not settings.keep_adapters:
+                shutil.rmtree(folder / "runs" / file.stem, ignore_errors=True)
+            results.append(found)
+            console.print(_line(found), highlight=False, soft_wrap=True)
+    found = summary(settings.model_dump(mode="json"), _facts(settings, sets), results, failed)
+    write_page(found, folder)
+    for note in found["notes"]:
+        console.print(note, highlight=False, soft_wrap=True)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- one result
+
+
+def _units(settings: MatrixSettings, sets: _Sets) -> list[tuple[int, int, str]]:
+    """(pattern, seed, approach) of every result of a base; without shots no seed changes anything."""
+    units = [(pattern, 0, ZERO) for pattern in sets.patterns]
+    for seed in range(settings.seeds):
+        units += [(pattern, seed, approach) for pattern in sets.patterns for approach in (ICL, *settings.methods)]
+    return units
+
+
+def _measure(
+    settings: MatrixSettings,
+    sets: _Sets,
+    base: str,
+    model: Any,
+    tokenizer: Any,
+    unit: dict[str, Any],
+    place: Path,
+) -> dict[str, Any]:
+    """The accuracies of one approach with one pattern and seed."""
+    template = one_pattern(sets.template, unit["pattern"]).fit(sets.pool, tokenizer)
+    approach, entry = unit["approach"], None
+    drawn = [] if approach == ZERO else draw(sets.pool, settings.shots, unit["seed"], balanced=settings.balanced)
+    shown: list[Row] = []
+    if approach == ICL:
+        asked = [row for rows in sets.tests.values() for row in rows]
+        more: dict[str, Any] = {"balanced": settings.balanced}
+        shown = fitting(model, tokenizer, asked, sets.pool, template, settings.shots, unit["seed"], **more)
+    elif approach != ZERO:
+        _train(settings, base, template, drawn, unit, place)
+        load(model, place / "adapter", TUNED)
+        entry = TUNED
+    calibrate = settings.calibrated and approach == ICL
+    found: dict[str, Any] = {**unit, "shots": [row.index for row in drawn], "accuracy": {}, "chosen": {}}
+    try:
+        for name, rows in sets.tests.items():
+            right = [template.answer(row) for row in rows]
+            scores = label_scores(model, tokenizer, rows, shown, template, entry, calibrate, settings.batch_size)
+            for label, corrected in ((approach, False), *(((CALIBRATED, True),) if calibrate else ())):
+                words = scores.chosen(corrected)
+                found["accuracy"].setdefault(label, {})[name] = accuracy(words, right)
+                found["chosen"].setdefault(label, {})[name] = {word: words.count(word) for word in scores.words}
+    finally:
+        if entry is not None:
+            detach(model, TUNED)
+    return found
+
+
+def _train(
+    settings: MatrixSettings, base: str, template: Template, drawn: Sequence[Row], unit: dict[str, Any], place: Path
+) -> None:
+    """Train on the drawn rows alone; a training that was stopped goes on."""
+    rows = place.with_name(f"{place.name}.jsonl")
+    names = ("text", "label") if drawn[0].pair is None else ("premise", "hypothesis", "label")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(rows, "".join(json.dumps(dict(row.fields), ensure_ascii=False) + "\n" for row in drawn))
+    arm = settings.methods[unit["approach"]]
+    run: dict[str, Any] = {
+        "base": base,
+        "precision": settings.precision,
+        "device": settings.device,
+        "output": str(place),
+    }
+    run |= {"method": arm.method.to_dict(), "train": arm.train.model_dump(), "seed": unit["seed"]}
+    run["data"] = {"train": str(rows), "columns": {name: name for name in names}, "template": template.to_dict()}
+    train(make_run(run), console=Console(quiet=True))
+
+
+# ------------------------------------------------------------------------------------------------- rows and names
+
+
+def _sets(settings: MatrixSettings) -> _Sets:
+    """The rows, short enough for every base and pattern."""
+    try:
+        template = Template.from_dict(settings.template)
+    except ConfigError as error:
+        raise ConfigError(f"matrix.{error}") from None
+    tokenizers = [load_tokenizer(base) for base in settings.bases]
+    pool = load_rows(settings.train, split=settings.split, columns=settings.columns)
+    template = template.fit(pool)
+    if template.mode == "classification" or template.task is None or pool[0].form != "label":
+        raise ConfigError(f"matrix.template: {settings.train} needs labels, and words for them (templates, verbalizer)")
+    every = range(len(template.task.templates))
+    patterns = list(every) if settings.patterns is None else settings.patterns
+    rendered = [one_pattern(template, pattern) for pattern in patterns]
+
+    def short(rows: list[Row], most: int | None) -> list[Row]:
+        if most is None:
+            return rows
+        kept = set(range(len(rows)))
+        for each in rendered:
+            made, plain = with_shots(rows, [], each)
+            for tokenizer in tokenizers:
+                kept &= {n for n, example in enumerate(plain.examples(made, tokenizer)) if len(example) <= most}
+        return [rows[number] for number in sorted(kept)]
+
+    drawn, left = short(pool, settings.max_shot_tokens), {}
+    left["train"] = len(pool) - len(drawn)
+    tests = {}
+    for name, test in settings.tests.items():
+        rows = load_rows(test.source, split=test.split, columns=test.columns)
+        kept = short(rows, settings.max_question_tokens)
+        left[name], tests[name] = len(rows) - len(kept), kept[: test.limit]
+        if not kept:
+            raise DataError(f"{test.source}: no row has at most {settings.max_question_tokens} tokens; allow more")
+    questions = {row.question for rows in tests.values() for row in rows}
+    apart = [row for row in drawn if row.question not in questions]
+    left["train_tested"] = len(drawn) - len(apart)
+    draw(apart, settings.shots, balanced=settings.balanced)
+    content = [[[row.index, dict(row.fields)] for row in rows] for rows in (apart, *tests.values())]
+    digest = hashlib.sha256(json.dumps([content, list(tests)], default=str).encode()).hexdigest()
+    return _Sets(template, patterns, apart, tests, left, digest)
+
+
+def _file_name(settings: MatrixSettings, sets: _Sets, base: str, approach: str, pattern: int, seed: int) -> str:
+    """Readable, and with a hash of all that the result depends on."""
+    arm = settings.methods.get(approach)
+    depends = [sets.digest, base, approach, seed, one_pattern(sets.template, pattern).to_dict(), settings.precision]
+    depends += [
+        None if approach == ZERO else [settings.shots, settings.balanced],
+        approach == ICL and settings.calibrated,
+    ]
+    depends.append(None if arm is None else arm.model_dump(mode="json"))
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{_name(base)}-{approach}-pattern{pattern}-seed{seed}-{digest}"
+
+
+def _facts(settings: MatrixSettings, sets: _Sets) -> dict[str, Any]:
+    """What the summary says of patterns and sets; shares of labels are by word."""
+    task = sets.template.task
+    assert task is not None
+    tests = {}
+    for name, rows in sets.tests.items():
+        counts = Counter(sets.template.answer(row) for row in rows)
+        tests[name] = {
+            "rows": len(rows),
+            "left_out": sets.left_out[name],
+            "out_of_domain": settings.tests[name].out_of_domain,
+            "shares": {word: counts.get(word, 0) / len(rows) for word in task.words or sorted(counts)},
+        }
+    left = {key: sets.left_out[key] for key in ("train", "train_tested")}
+    patterns = {str(pattern): task.templates[pattern] for pattern in sets.patterns}
+    return {"patterns": patterns, "pool": {"rows": len(sets.pool), "left_out": left}, "tests": tests}
+
+
+def _name(base: str) -> str:
+    return Path(base).name
+
+
+def _told(unit: dict[str, Any]) -> str:
+    return f"{unit['base']}, {unit['approach']}, pattern {unit['pattern']}, seed {unit['seed']}"
+
+
+def _line(found: dict[str, Any]) -> str:
+    parts = [
+        f"{label} {', '.join(f'{name} {value:.3f}' for name, value in each.items())}"
+        for label, each in found["accuracy"].items()
+    ]
+    return f"{_told(found)}: {'; '.join(parts)} ({found['seconds']:.1f} s)"

@@ -1,0 +1,352 @@
+"""The matrix of fine-tuning against in-context learning: what it runs, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+
+from graft.base import load_base, load_tokenizer
+from graft.compare import matrix
+from graft.compare.cells import near_chance, summary, welch
+from graft.compare.matrix import load_matrix, make_matrix, run_matrix
+from graft.compare.matrix_page import matrix_html, write_page
+from graft.data.rows import load_rows
+from graft.data.template import Template
+from graft.errors import ConfigError, DataError
+from graft.evaluate.icl import few_shot, one_pattern
+from graft.evaluate.run import examine
+from graft.evaluate.shots import draw
+from graft.files import load
+from tiny import tiny
+
+IDS = {"vocab_size": 4096, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+WORDS = {"good": ["kind", "warm", "brave", "bright"], "bad": ["cruel", "cold", "mean", "dark"]}
+TEMPLATE = {
+    "kind": "plain",
+    "templates": ["Review: {text}\nMood:", "{text} It was"],
+    "verbalizer": {"good": "fine", "bad": "really awful"},
+}
+SILENT = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, rows to draw from, and rows of two domains."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("matrix")
+    tiny("llama", **IDS, initializer_range=0.2).save_pretrained(folder / "llama")
+    load_tokenizer("embedded").save_pretrained(folder / "llama")
+    for name, animals in (("train", ("cat", "dog", "hen")), ("near", ("fox", "owl")), ("far", ("old grey rock",))):
+        rows = [{"text": f"the {a} is {w}", "label": label} for a in animals for label, ws in WORDS.items() for w in ws]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> Callable[..., matrix.MatrixSettings]:
+    def build(**changes: Any) -> matrix.MatrixSettings:
+        few = {"epochs": 1, "batch_size": 4, "lr": 0.01}
+        given: dict[str, Any] = {
+            "bases": [str(folder / "llama")],
+            "precision": "fp32",
+            "train": str(folder / "train.jsonl"),
+            "tests": {
+                "near": {"source": str(folder / "near.jsonl")},
+                "far": {"source": str(folder / "far.jsonl"), "out_of_domain": True, "limit": 7},
+            },
+            "template": TEMPLATE,
+            "methods": {"full": {"method": "full", "train": few}},
+            "shots": 4,
+            "seeds": 2,
+        }
+        return make_matrix(given | changes)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, settings: Callable[..., matrix.MatrixSettings]) -> tuple[dict[str, Any], Path]:
+    """A finished matrix and its folder."""
+    place = folder / "done"
+    return run_matrix(settings(), place, SILENT), place
+
+
+Done = tuple[dict[str, Any], Path]
+Build = Callable[..., matrix.MatrixSettings]
+
+
+def values(found: dict[str, Any], approach: str, pattern: int, test: str) -> list[float]:
+    wanted = {"approach": approach, "pattern": pattern, "test": test}
+    return next(entry["values"] for entry in found["accuracies"] if wanted.items() <= entry.items())
+
+
+def test_cells_are_differences_of_means(done: Done) -> None:
+    found, _ = done
+    assert len(found["cells"]) == 2 * 2 * 2  # tests, patterns, in-context approaches, methods
+    of = {"ICL": "icl", "ICL calibrated": "icl_calibrated", "full": "full"}
+    for cell in found["cells"]:
+        row = values(found, of[cell["row"]], cell["pattern"], cell["test"])
+        column = values(found, of[cell["column"]], cell["pattern"], cell["test"])
+        assert len(row) == len(column) == 2
+        assert cell["difference"] == pytest.approx(sum(column) / 2 - sum(row) / 2)
+
+
+def test_in_context_results_are_those_of_few_shot(folder: Path, done: Done) -> None:
+    """The base must be what it was after every fine-tuning, so a fresh one gives the same."""
+    found, _ = done
+    base, tokenizer = str(folder / "llama"), load_tokenizer("embedded")
+    model = load_base(base, precision="fp32")
+    pool, rows = load_rows(str(folder / "train.jsonl")), load_rows(str(folder / "far.jsonl"))[:7]
+    template = Template.from_dict(TEMPLATE)
+    for pattern in (0, 1):
+        for calibrate, name in ((False, "icl"), (True, "icl_calibrated")):
+            right = [
+                few_shot(model, tokenizer, rows, pool, template, shots=4, seed=s, pattern=pattern, calibrate=calibrate)
+                for s in range(2)
+            ]
+            assert values(found, name, pattern, "far") == [each.scores["base"]["accuracy"] for each in right]
+        zero = few_shot(model, tokenizer, rows, (), template, shots=0, pattern=pattern).scores["base"]["accuracy"]
+        assert values(found, "zero_shot", pattern, "far") == [zero]
+
+
+def test_both_sides_see_the_same_examples(folder: Path, done: Done) -> None:
+    _, place = done
+    pool = load_rows(str(folder / "train.jsonl"))
+    results = [json.loads(file.read_text()) for file in (place / "results").iterdir()]
+    assert len(results) == 2 * (1 + 2 * 2)
+    for result in results:
+        drawn = [] if result["approach"] == "zero_shot" else draw(pool, 4, result["seed"])
+        assert result["shots"] == [row.index for row in drawn]
+    trained = sorted((place / "runs").iterdir())
+    assert len(trained) == 2 * 2 and all(file.suffix == ".jsonl" for file in trained), "adapters are removed"
+    for file in trained:
+        seed = int(file.stem.split("seed")[1].split("-")[0])
+        assert [row.question for row in load_rows(str(file))] == [row.question for row in draw(pool, 4, seed)]
+
+
+def test_fine_tuning_learns_with_the_pattern(folder: Path, settings: Build, tmp_path: Path) -> None:
+    """One word decides, and all of them were shown; `examine`, with the end token, chooses the same."""
+    eight = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "rows.jsonl").write_text("".join(eight))
+    few = {"epochs": 25, "batch_size": 8, "lr": 0.004}
+    made = settings(
+        bases=["embedded"],
+        train=str(tmp_path / "rows.jsonl"),
+        tests={"near": {"source": str(folder / "near.jsonl")}},
+        methods={"lora": {"method": {"method": "lora", "targets": "all-linear"}, "train": few}},
+        patterns=[1],
+        shots=8,
+        seeds=1,
+        keep_adapters=True,
+        calibrated=False,
+    )
+    found = run_matrix(made, tmp_path / "out", SILENT)
+    assert values(found, "lora", 1, "near") == [1.0]
+    assert found["cells"][0]["p"] is None and "1 cells have no test" in " ".join(found["notes"])
+    adapter = next((tmp_path / "out" / "runs").glob("*/adapter"))
+    model = load_base("embedded", precision="fp32")
+    load(model, adapter, "lora")
+    rows, template = load_rows(str(folder / "near.jsonl")), one_pattern(Template.from_dict(TEMPLATE), 1)
+    told = examine(model, load_tokenizer("embedded"), rows, template, ["lora"], ["accuracy"])
+    assert told.scores["lora"]["accuracy"] == 1.0
+
+
+def test_the_same_call_does_nothing_again(
+    done: Done, settings: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found, place = done
+    before = {file.name: file.stat().st_mtime_ns for file in (place / "results").iterdir()}
+    calls: list[Any] = []
+    monkeypatch.setattr(matrix, "_measure", lambda *given: calls.append(given))
+    assert run_matrix(settings(), place, SILENT) == found
+    assert {file.name: file.stat().st_mtime_ns for file in (place / "results").iterdir()} == before and not calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "new"),
+    [
+        ({"shots": 5}, 2 * 2 * 2),
+        ({"seeds": 3}, 2 * 2),
+        ({"batch_size": 3}, 0),
+        ({"methods": {"full": {"method": "full", "train": {"lr": 0.5}}}}, 2 * 2),
+    ],
+    ids=str,
+)
+def test_a_changed_setting_makes_new_results(done: Done, settings: Build, changes: Any, new: int) -> None:
+    _, place = done
+    made = settings(**changes)
+    sets = matrix._sets(made)
+    names = {
+        matrix._file_name(made, sets, made.bases[0], approach, pattern, seed)
+        for pattern, seed, approach in matrix._units(made, sets)
+    }
+    assert len(names - {file.stem for file in (place / "results").iterdir()}) == new
+
+
+def test_killed_in_the_middle_it_goes_on(done: Done, settings: Build, tmp_path: Path) -> None:
+    found, _ = done
+    less = settings(patterns=[1])
+    process = multiprocessing.get_context("fork").Process(target=run_matrix, args=(less, tmp_path, SILENT))
+    process.start()
+    while process.is_alive() and len(list((tmp_path / "results").glob("*.json"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    there = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*.json")}
+    assert 2 <= len(there) < 5 and not (tmp_path / "matrix.json").exists()
+    again = run_matrix(less, tmp_path, SILENT)
+    assert there.items() <= {f.name: f.stat().st_mtime_ns for f in (tmp_path / "results").glob("*.json")}.items()
+    assert len(again["accuracies"]) == 4 * 2
+    assert all(entry in found["accuracies"] for entry in again["accuracies"]), "as in an undisturbed one"
+
+
+def test_a_method_that_cannot_is_skipped_by_name(settings: Build, tmp_path: Path) -> None:
+    few = {"max_steps": 1}
+    long = {"method": {"method": "prompt_tuning", "length": 500}, "train": few}
+    methods = {"far_too_long": long, "lora": {"method": "lora", "train": few}}
+    made = settings(methods=methods, seeds=1, patterns=[0])
+    found = run_matrix(made, tmp_path, SILENT)
+    assert [each["approach"] for each in found["failed"]] == ["far_too_long"]
+    assert {cell["column"] for cell in found["cells"]} == {"lora"}
+    assert any("Skipped: far_too_long on llama: method.length" in note for note in found["notes"])
+    assert "far_too_long" in (tmp_path / "matrix.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- what is said
+
+
+def planted(icl: list[float], tuned: list[float]) -> dict[str, Any]:
+    """A summary of given accuracies, of one pattern and a test with labels at .3, .3 and .4."""
+    tests = {"t": {"rows": 100, "left_out": 0, "out_of_domain": False, "shares": {"a": 0.3, "b": 0.3, "c": 0.4}}}
+    facts = {"patterns": {"0": "<p> & {text}"}, "pool": {"rows": 50, "left_out": {}}, "tests": tests}
+    results = [
+        {"base": "b", "approach": approach, "pattern": 0, "seed": seed, "accuracy": {approach: {"t": value}}}
+        for approach, each in (("icl", icl), ("lora", tuned))
+        for seed, value in enumerate(each)
+    ]
+    return summary({"bases": ["b"], "shots": 16, "seeds": len(icl)}, facts, results, [])
+
+
+def test_near_chance_is_said() -> None:
+    near = planted([0.31, 0.35, 0.40, 0.36], [0.33, 0.41, 0.38, 0.36])
+    assert "Every accuracy is near chance" in near["notes"][0]
+    half = planted([0.31, 0.35, 0.40, 0.36], [0.81, 0.84, 0.79, 0.80])
+    assert "1 of 2 accuracies are near chance" in half["notes"][0]
+    assert "Of 1 cells fine-tuning is better in 1 and in-context learning in 0" in half["notes"][1]
+    far = planted([0.7, 0.71, 0.72], [0.81, 0.84, 0.79])
+    assert "near chance" not in " ".join(far["notes"])
+    assert near_chance({"low": 0.4, "high": 0.5}, 0.3, 0.4) and not near_chance({"low": 0.41, "high": 0.5}, 0.3, 0.4)
+    assert not near_chance({"low": 0.1, "high": 0.29}, 0.3, 0.4)
+
+
+def test_intervals_and_tests_by_hand_and_scipy() -> None:
+    entry = planted([0.6, 0.7, 0.8], [0.5, 0.5, 0.5])["accuracies"][0]
+    half = 4.302653 * 0.1 / 3**0.5  # t of 2 degrees of freedom, standard deviation .1
+    assert (entry["low"], entry["high"]) == pytest.approx((0.7 - half, 0.7 + half), abs=1e-6)
+    alone = planted([0.5], [0.5])["accuracies"][0]
+    assert (alone["low"], alone["high"]) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson's of 50 of 100
+    a, b = [0.31, 0.35, 0.4, 0.36], [0.41, 0.44, 0.36]
+    right = stats.ttest_ind(b, a, equal_var=False)
+    (cell,) = planted(a, b)["cells"]
+    assert (cell["t"], cell["p"]) == pytest.approx((right.statistic, right.pvalue), rel=1e-9)
+    assert welch([0.5, 0.5], [0.7, 0.7]) == (None, None) and welch([0.5], [0.7, 0.8]) == (None, None)
+
+
+def test_pages(tmp_path: Path) -> None:
+    found = planted([0.31, 0.35, 0.40, 0.36], [0.81, 0.84, 0.79, 0.80])
+    write_page(found, tmp_path)
+    assert json.loads((tmp_path / "matrix.json").read_text()) == found
+    lines = list(csv.DictReader((tmp_path / "matrix.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == 8 and lines[0]["accuracy"] == "0.31" and lines[0]["approach"] == "icl"
+    assert (tmp_path / "matrix.png").read_bytes()[:4] == b"\x89PNG"
+    assert ElementTree.parse(tmp_path / "matrix.svg").getroot().tag.endswith("svg")
+    page = ElementTree.fromstring(matrix_html(found))  # closed and escaped
+    text = "".join(page.itertext())
+    cell = found["cells"][0]
+    assert f"{cell['difference']:+.3f}***" in text and "<p> & {text}" in text and "near chance" in text
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_several_bases_are_rows_and_columns(folder: Path, settings: Build, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    tiny("llama", **{**IDS, "num_hidden_layers": 1}).save_pretrained(small)
+    load_tokenizer("embedded").save_pretrained(small)
+    methods = {"lora": {"method": "lora", "train": {"max_steps": 1}}}
+    made = settings(bases=[str(folder / "llama"), str(small)], methods=methods, seeds=1, patterns=[0], calibrated=False)
+    found = run_matrix(made, tmp_path / "out", SILENT)
+    pairs = {(cell["row"], cell["column"]) for cell in found["cells"]}
+    names = ("llama", "small")
+    assert pairs == {(f"ICL, {a}", f"lora, {b}") for a in names for b in names}
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_rows_are_chosen_by_length_and_apart(folder: Path, settings: Build, tmp_path: Path) -> None:
+    more = (folder / "near.jsonl").read_text().splitlines()[:2] + (folder / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(more) + "\n")
+    tokenizer = load_tokenizer("embedded")
+    rows = load_rows(str(folder / "near.jsonl"))
+    length = {
+        row.index: max(
+            len(tokenizer(text.format(text=row.text) + f" {TEMPLATE['verbalizer'][row.label]}").input_ids)  # type: ignore[index]
+            for text in TEMPLATE["templates"]
+        )
+        + 1
+        for row in rows
+    }
+    most = sorted(length.values())[len(length) // 2]
+    sets = matrix._sets(settings(train=str(tmp_path / "train.jsonl"), max_question_tokens=most))
+    kept = [index for index, each in length.items() if each <= most]
+    assert [row.index for row in sets.tests["near"]] == kept and 0 < len(kept) < len(rows)
+    assert sets.left_out["near"] == len(rows) - len(kept)
+    assert sets.left_out["train_tested"] == sum(index in kept for index in (1, 2)) and len(sets.pool) >= 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shots": 25}, "24 rows for 25 shots"),
+        ({"shots": 0}, "matrix.shots"),
+        ({"sots": 3}, "matrix.sots: unknown key"),
+        ({"template": {"kind": "plane"}}, "matrix.template kind 'plane' is unknown"),
+        ({"template": {"mode": "classification", "kind": "plain"}}, "needs labels, and words"),
+        ({"template": {**TEMPLATE, "verbalizer": {"good": "fine"}}}, "label 'bad' has no word"),
+        ({"patterns": [2]}, "pattern 2: the template has 2"),
+        ({"methods": {"icl": {"method": "lora"}}}, "matrix.methods.icl: take another name"),
+        ({"bases": ["a/b", "c/b"]}, "two are called b"),
+        ({"max_question_tokens": 2}, "no row has at most 2 tokens"),
+    ],
+    ids=str,
+)
+def test_refusals(settings: Build, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, DataError), match=words):
+        run_matrix(settings(**changes), tmp_path, SILENT)
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_settings_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "compare.yaml"
+    file.write_text(
+        "matrix: {bases: [embedded], train: a.jsonl, tests: {t: {source: b}}, template: {}, methods: {m: {}}}"
+    )
+    with pytest.raises(ConfigError, match=r"compare.yaml: matrix.methods.m.method: missing"):
+        load_matrix(file)
+    file.write_text(file.read_text().replace("m: {}", "m: {method: lora, train: {lr: 1e-3}}"))
+    assert load_matrix(file).methods["m"].train.lr == 1e-3
+    file.write_text("base: embedded")
+    with pytest.raises(ConfigError, match="no key 'matrix'"):
+        load_matrix(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_matrix(tmp_path / "none.yaml")
