@@ -2,11 +2,12 @@
 
     kl = mean over tokens of sum_v p_v (log p_v - log q_v)      p the base, q base and adapter, in nats
 
-Entries and the base are rows of one batch. What trains the base itself (full fine-tuning, top layers) keeps the originals
-in memory, so the base is run first, with them in place, and what enters its output head is kept (N x D); the trained
-values come after. Logits exist for a chunk of tokens at a time.
+Entries and the base are rows of one batch. What trains the base itself (full fine-tuning, top layers) keeps the
+originals in memory, so the base runs first, with them in place, and what enters its output head is kept (N x D); the
+trained values come after. Logits exist for a chunk of tokens at a time.
 
-Decoders are measured on every token of a piece but the first; encoder-decoders on the second half of a piece, given the first.
+Decoders are measured on every token of a piece but the first; encoder-decoders on the second half of a piece, given
+the first.
 
 Shape legend: E entries with the base, N labelled tokens of a batch, C those of a chunk, D hidden width, V vocabulary.
 """
@@ -98,7 +99,7 @@ def forgetting(
     check_model(model)
     if isinstance(text, str | Path):
         text = pieces(text, tokenizer, model.config, limit=limit, seed=seed)
-    examples = _examples(model, tokenizer, text)
+    examples = _examples(model, tokenizer, text, entries)
     batches = by_length([max(len(each), len(each.labels)) for each in examples], batch_size)
     sums = torch.zeros(len(labels) + 1, 2, dtype=torch.float64)  # loss and KL, the base in front
     count = done = 0
@@ -132,9 +133,12 @@ def check_model(model: Any) -> None:
         )
 
 
-def _examples(model: Any, tokenizer: Any, found: Sequence[Sequence[int]]) -> list[Example]:
+def _examples(model: Any, tokenizer: Any, found: Sequence[Sequence[int]], entries: Sequence[Any]) -> list[Example]:
     two = roles.is_encoder_decoder(model)
     limit, made = context_of(model, tokenizer), []
+    bank = bank_or_none(model)
+    if limit is not None and bank is not None and not two:
+        limit -= max((sum(d.length for d in bank.prompts(entry_of(each))) for each in entries), default=0)
     for number, piece in enumerate(found, 1):
         ids, row = list(piece), Row(form="text", index=number, source="general text")
         half = len(ids) // 2
@@ -163,8 +167,7 @@ def _sides(
         raise ConfigError("an adapter that changes the base itself stands alone; measure one entry beside the base")
     for i, numbers in enumerate(batches):
         found = [
-            _run(model, tokenizer, rows[i], [entry] * len(rows[i])) if entry_of(entry) else base[i]
-            for entry in entries
+            _run(model, tokenizer, rows[i], [entry] * len(rows[i])) if entry_of(entry) else base[i] for entry in entries
         ]
         yield numbers, [base[i], *found]
 
@@ -197,7 +200,9 @@ def _of_base(model: Any, found: Outputs) -> Outputs:
     def logits(where: slice) -> Tensor:
         if not adapter.acting:
             return found.logits(where)
-        with _originals(head, {key: adapter.other[names[id(p)]] for key, p in head.named_parameters() if id(p) in names}):
+        with _originals(
+            head, {key: adapter.other[names[id(p)]] for key, p in head.named_parameters() if id(p) in names}
+        ):
             return found.logits(where)
 
     return Outputs(found.target_N, found.vocabulary, logits)

@@ -34,12 +34,12 @@ def pieces(
 ) -> list[list[int]]:
     """A sample of a text as pieces of token ids, each with the tokenizer's begin token if it has one.
 
-    Which pieces they are depends on the text, the tokenizer, the context and these arguments alone, so every method that
-    is measured on a text sees the same tokens.
+    Which pieces they are depends on the text, the tokenizer, the context and these arguments alone, so every method
+    that is measured on a text sees the same tokens.
 
     Args:
-        source: a file of plain text (.txt, .md), which is one document; or rows with a `text` column (.jsonl, .json, .csv, .tsv,
-            .parquet, a folder or a hub name), each of them a document.
+        source: a file of plain text (.txt, .md), which is one document; or rows with a `text` column (.jsonl, .json,
+            .csv, .tsv, .parquet, a folder or a hub name), each of them a document.
         config: the model's; it says how long the context is.
         limit: tokens in all, at most.
         seed: of the sample.
@@ -72,7 +72,7 @@ def documents(source: str | Path) -> list[str]:
         DataError: it cannot be read, is not UTF-8, or has rows without text.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in SUFFIXES:
+    if is_plain(source):
         try:
             return [path.read_text(encoding="utf-8")]
         except FileNotFoundError:
@@ -84,6 +84,11 @@ def documents(source: str | Path) -> list[str]:
     if other is not None:
         raise DataError(f"{other.where}: general text needs a column 'text'; this row is of the form {other.form}")
     return [row.text for row in rows]
+
+
+def is_plain(source: str | Path) -> bool:
+    """Whether a source is a file of plain text, and not of rows."""
+    return Path(source).suffix.lower() in SUFFIXES
 
 
 def _blocks(text: str, size: int) -> Iterator[str]:

@@ -47,5 +47,5 @@ def kl_sum(reference: Outputs, trained: Outputs) -> Tensor:
 
     total = trained.target_N.new_zeros((), dtype=torch.float32)
     for where in chunks(len(trained.target_N), trained.vocabulary, 2):
-        total = total + checkpoint(part, where, use_reentrant=False)  # type: ignore[operator]
+        total = total + checkpoint(part, where, use_reentrant=False)
     return total

@@ -124,13 +124,13 @@ def fast_loss(
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a forward gives at the labelled tokens of its batch (N), row by row; logits are made when they are asked for.
+    """What a forward gives at the N labelled tokens of its batch, row by row; logits are made when they are asked for.
 
     Args:
         target_N: the labels.
         vocabulary: V.
-        logits: from a slice of the N tokens to their logits (C, V), in fp32 or wider; as often as it is asked, and under
-            the route of the forward, whatever holds meanwhile.
+        logits: from a slice of the N tokens to their logits (C, V), in fp32 or wider; as often as it is asked, and
+            under the route of the forward, whatever holds meanwhile.
     """
 
     target_N: Tensor

@@ -26,7 +26,8 @@ class Result:
         run: its settings.
         metrics: `loss` (the last logged), `eval_loss` and `eval_loss_before`, `eval_loss_best` and `kept_step`,
             `steps`, `epochs`, `tokens_per_second`; with `train.compile` the seconds of the first pass, which compiles
-            (`compile_seconds`), and of the median step (`step_seconds`).
+            (`compile_seconds`), and of the median step (`step_seconds`); with `data.general` the kept adapter's
+            `forgetting_kl` and `general_loss`, `general_loss_before`, and `stopped_step` if the bound ended the run.
         peak_bytes: the most memory used: of the GPU, or of the process on a CPU.
         seconds: over all starts of the run.
         trainable, saved: values that trained, and values in the adapter folder.
