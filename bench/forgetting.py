@@ -29,13 +29,14 @@ from graft.quickstart import settings
 from graft.train.config import make_run
 from graft.train.run import train
 
-TARGET = 1.30
-"""Nats a token: what both reach at both rates. The base has 4.0, LoRA at its end 1.1 to 1.2."""
+TARGET = 1.70
+"""Nats a token, of the evaluation rows; the base has 4.04."""
 SEEDS = (0, 1, 2)
 STEPS, EVERY = 300, 4
-METHODS: dict[str, list[float]] = {"full": [3e-4, 1e-3], "lora": [1e-3, 4e-3]}
+RATES: tuple[dict[str, float], ...] = ({"full": 1e-3, "lora": 4e-3}, {"full": 3e-4, "lora": 1e-3})
+"""Of both methods; LoRA's 4e-3 is what the quickstart found good."""
 TEXTS = {name: DATA / "pretrain" / f"{name}_valid.txt" for name in ("wikitext2", "tinystories")}
-TOKENS = 8192
+TOKENS = 4096
 
 
 class Reached(TrainerCallback):
@@ -56,7 +57,7 @@ def measure(method: str, lr: float, seed: int, quick: bool) -> dict[str, Any]:
         asked = settings(f"{folder}/run").model_dump(mode="json")
         if method == "full":
             asked["method"] = {"method": "full"}
-        asked["data"] |= {"eval": 0.05, "eval_limit": 96, "limit": 64 if quick else None}
+        asked["data"] |= {"eval": 0.05, "eval_limit": 64, "limit": 64 if quick else None}
         asked["train"] |= {"lr": lr, "epochs": 4, "max_steps": 4 if quick else STEPS, "schedule": "constant"}
         asked["train"] |= {"warmup": 2 if quick else 10, "eval_every": EVERY, "save_every": 10_000, "log_every": 50}
         asked["seed"] = seed
@@ -117,14 +118,14 @@ def main() -> None:
         print("../shared/data/pretrain is not there: nothing to measure forgetting on")
         return
     results = common.Results("forgetting", options)
-    for seed in SEEDS[:1] if options.quick else SEEDS:
-        for method, rates in METHODS.items():
-            for lr in rates:
+    for rates in RATES:
+        for seed in SEEDS[:1] if options.quick else SEEDS:
+            for method, lr in rates.items():
                 name = f"{method}/{lr:g}/{seed}"
                 if not results.done(name):
                     results.put(name, **measure(method, lr, seed, options.quick))
                 print(f"{name}: {json.dumps(results.cells[name])[:400]}", flush=True)
-    print(show({name: row for name, row in results.cells.items() if name.split("/")[0] in METHODS}))
+    print(show(results.cells))
 
 
 if __name__ == "__main__":
