@@ -116,9 +116,10 @@ def test_a_base_without_adapters(tokenizer: Any) -> None:
     assert same(got, dense(model, tiny("llama").double(), texts(), None, False))
 
 
-def test_a_head_that_is_not_known_takes_whole_logits(tokenizer: Any) -> None:
+@pytest.mark.parametrize("method", [LoRA(rank=4), FullFineTuning()])
+def test_a_head_that_is_not_known_takes_whole_logits(tokenizer: Any, method: Any) -> None:
     """A hook of somebody else's on the head."""
-    model = shaken(tiny("llama"), LoRA(rank=4))
+    model = shaken(tiny("llama"), method)
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1.0)
     (got,) = forgetting(model, tokenizer, texts(), ["0"])
     assert same(got, dense(model, tiny("llama").double(), texts(), "0", False))

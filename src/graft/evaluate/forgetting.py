@@ -3,7 +3,7 @@
     kl = mean over tokens of sum_v p_v (log p_v - log q_v)      p the base, q base and adapter, in nats
 
 Entries and the base are rows of one batch. What trains the base itself (full fine-tuning, top layers) keeps the
-originals in memory, so the base runs first, with them in place, and what enters its output head is kept (N x D); the
+originals in memory, so each batch runs first with them in place, and what enters its output head is kept (N x D); the
 trained values come after. Logits exist for a chunk of tokens at a time.
 
 Decoders are measured on every token of a piece but the first; encoder-decoders on the second half of a piece, given
@@ -162,14 +162,15 @@ def _sides(
             given = [entry for entry in every for _ in rows[i]]
             yield numbers, _split(_run(model, tokenizer, batch, given), len(every))
         return
-    base = {i: _of_base(model, _run(model, tokenizer, rows[i], [None] * len(rows[i]))) for i in rows}
     if len({entry_of(entry) for entry in entries} - {()}) > 1:
         raise ConfigError("an adapter that changes the base itself stands alone; measure one entry beside the base")
     for i, numbers in enumerate(batches):
-        found = [
-            _run(model, tokenizer, rows[i], [entry] * len(rows[i])) if entry_of(entry) else base[i] for entry in entries
-        ]
-        yield numbers, [base[i], *found]
+        base = _of_base(model, _run(model, tokenizer, rows[i], [None] * len(rows[i])))
+        given = [[entry] * len(rows[i]) for entry in entries]
+        yield (
+            numbers,
+            [base, *(_run(model, tokenizer, rows[i], each) if entry_of(each[0]) else base for each in given)],
+        )
 
 
 def _run(model: Any, tokenizer: Any, examples: list[Example], given: list[Any]) -> Outputs:

@@ -72,7 +72,7 @@ def documents(source: str | Path) -> list[str]:
         DataError: it cannot be read, is not UTF-8, or has rows without text.
     """
     path = Path(source).expanduser()
-    if is_plain(source):
+    if path.suffix.lower() in SUFFIXES:
         try:
             return [path.read_text(encoding="utf-8")]
         except FileNotFoundError:
@@ -84,11 +84,6 @@ def documents(source: str | Path) -> list[str]:
     if other is not None:
         raise DataError(f"{other.where}: general text needs a column 'text'; this row is of the form {other.form}")
     return [row.text for row in rows]
-
-
-def is_plain(source: str | Path) -> bool:
-    """Whether a source is a file of plain text, and not of rows."""
-    return Path(source).suffix.lower() in SUFFIXES
 
 
 def _blocks(text: str, size: int) -> Iterator[str]:

@@ -30,9 +30,10 @@ def plot(found: dict[str, Any], file: Path) -> None:
         if chosen:
             axes.plot(point["kl"], point["score"], color=CHOSEN, marker="o", markersize=9, linestyle="none")
         place, weight = (point["kl"], point["score"]), "bold" if chosen else "normal"
-        axes.annotate(
-            f"{point['scale']:g}", place, (0, 8), textcoords="offset points", ha="center", color=color, weight=weight
-        )
+        offset = (
+            (8, 5) if points[0]["score"] > points[-1]["score"] else (8, -12)
+        )  # beside the line, whichever way it runs
+        axes.annotate(f"{point['scale']:g}", place, offset, textcoords="offset points", color=color, weight=weight)
     bound = found["max_forgetting"]
     if bound is not None:
         axes.axvline(bound, color=BOUND, linestyle="--", linewidth=1.2, label=f"bound, {bound:g}")

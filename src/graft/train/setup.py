@@ -21,7 +21,7 @@ from graft.data.report import Limits, Report, report
 from graft.data.rows import Row, hold_out, load_rows
 from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
-from graft.evaluate.general import documents, is_plain
+from graft.evaluate.general import documents
 from graft.ids import IGNORED
 from graft.train.config import Run
 from graft.train.forgetting import check as check_forgetting
@@ -325,7 +325,8 @@ def _check_room(data: Data, model: PreTrainedModel) -> None:
 def _hashes(run: Run, rows: Sequence[Row], held: Sequence[Row] | None) -> dict[str, str]:
     sources: dict[str, tuple[str, Sequence[Row]]] = {"train": (run.data.train, rows)}
     if run.data.general is not None:
-        sources["general"] = (run.data.general, [] if is_plain(run.data.general) else load_rows(run.data.general))
+        file = Path(run.data.general).expanduser().is_file()
+        sources["general"] = (run.data.general, [] if file else load_rows(run.data.general))
     if isinstance(run.data.eval, str):
         sources["eval"] = (run.data.eval, held or ())
     found = {}
