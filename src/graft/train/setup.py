@@ -325,8 +325,8 @@ def _check_room(data: Data, model: PreTrainedModel) -> None:
 def _hashes(run: Run, rows: Sequence[Row], held: Sequence[Row] | None) -> dict[str, str]:
     sources: dict[str, tuple[str, Sequence[Row]]] = {"train": (run.data.train, rows)}
     if run.data.general is not None:
-        file = Path(run.data.general).expanduser().is_file()
-        sources["general"] = (run.data.general, [] if file else load_rows(run.data.general))
+        alone = Path(run.data.general).expanduser().is_file()  # its bytes are hashed
+        sources["general"] = (run.data.general, [] if alone else load_rows(run.data.general))
     if isinstance(run.data.eval, str):
         sources["eval"] = (run.data.eval, held or ())
     found = {}
