@@ -315,10 +315,12 @@ class Replayed:
         self.inner = inner
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.inner(_Under(self.bank, self.bank.snapshot(), function), *args, **kwargs)
+        return self.inner(Under(self.bank, self.bank.snapshot(), function), *args, **kwargs)
 
 
-class _Under:
+class Under:
+    """A function that runs under a snapshot of the bank, whatever route holds when it is called."""
+
     def __init__(self, bank: Bank, state: Any, function: Callable[..., Any]) -> None:
         self.bank, self.state, self.function = bank, state, function
 

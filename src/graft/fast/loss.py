@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from graft.fast.cross_entropy import losses, losses_through
 from graft.fast.devices import autocast as in_dtype
 from graft.fast.devices import autocast_of
 from graft.fast.head import COMPILED, OutputHead, finish_of, head_of, shifted, tell, why_not
-from graft.hooks import Replayed
+from graft.hooks import Replayed, Under
 from graft.ids import IGNORED
 from graft.method import CopyDelta
 from graft.routes import Route
@@ -103,20 +104,58 @@ def fast_loss(
     call: Any = None,
     num_items: Tensor | float | None = None,
     smoothing: float = 0.0,
+    further: Callable[[Outputs], Tensor] | None = None,
 ) -> Tensor | None:
     """As `labelled_loss`; None where the plain path has to be taken.
 
     Args:
         call: what to call for a forward of the model, if it is wrapped.
+        further: a sum over the labelled tokens to add to that of their losses.
     """
     head = _head(model, batch, call)
     if head is None:
         return None
     rows = _labelled(model, head, batch, model if call is None else call)
     found = _losses(model, head, rows, smoothing, summed=True)
+    if further is not None:
+        found = found + further(_outputs(model, head, rows))
     if not rows.labels:
         return found * 0.0
     return found / (num_items.to(found.device) if isinstance(num_items, Tensor) else num_items or rows.labels)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward gives at the N labelled tokens of its batch, row by row; logits are made when they are asked for.
+
+    Args:
+        target_N: the labels.
+        vocabulary: V.
+        logits: from a slice of the N tokens to their logits (C, V), in fp32 or wider; as often as it is asked, and
+            under the route of the forward, whatever holds meanwhile.
+    """
+
+    target_N: Tensor
+    vocabulary: int
+    logits: Callable[[slice], Tensor]
+
+
+def outputs(model: Any, batch: dict[str, Any]) -> Outputs:
+    """Run a batch and keep what enters the output head, or the logits themselves where that is not known how.
+
+    Args:
+        model: with or without adapters; rows are routed as in any forward, by `graft.route`.
+        batch: what the model would be called with, `labels` (B, T) among it, -100 where there is none.
+    """
+    head = _head(model, batch) if isinstance(getattr(model, "adapters", None), Bank) else None
+    if head is not None:
+        return _outputs(model, head, _labelled(model, head, batch, model))
+    target_BT = shifted(batch["labels"]) if roles.is_decoder(model) else batch["labels"]
+    logits_BTV = model(**_unlabelled(model, batch)).logits
+    kept_BT = target_BT != IGNORED
+    logits_NV = logits_BTV[kept_BT]
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    return Outputs(target_BT[kept_BT], logits_NV.shape[-1], lambda where: logits_NV[where].to(wide))
 
 
 @dataclass(frozen=True)
@@ -243,6 +282,14 @@ def _whole(bank: Bank, head: OutputHead) -> nn.Linear | None:
         copy = only[0][0].copy
         return copy if type(copy) is nn.Linear else None
     return None
+
+
+def _outputs(model: Any, head: OutputHead, rows: _Rows) -> Outputs:
+    """The rows with what makes their logits, under the route that holds now."""
+    bank, finish = bank_of(model), finish_of(model)
+    run = functools.partial(_run, bank, head, rows.autocast, _owners(bank, rows))
+    under = Under(bank, bank.snapshot(), lambda where: finish(run(rows.hidden_ND[where], where)))
+    return Outputs(rows.target_N[: rows.labels], head.module.out_features, under)
 
 
 def _owners(bank: Bank, rows: _Rows) -> list[int] | None:

@@ -13,6 +13,7 @@ def group(guarded: Callable[[Callable[..., None]], Callable[..., None]]) -> type
     """The verbs, each `guarded` (see `graft.cli`)."""
     verbs = typer.Typer(no_args_is_help=True, help="Measure what a task needs.")
     verbs.command("intrinsic-dimension")(guarded(intrinsic_dimension))
+    verbs.command("dial")(guarded(dial))
     return verbs
 
 
@@ -48,6 +49,32 @@ def intrinsic_dimension(
     found = measure(load_run(run, overrides or ()), search, fresh=fresh, console=console)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
+
+
+def dial(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help="Rows of the task; the run's own evaluation rows otherwise.")] = None,
+    text: Annotated[str | None, typer.Option(help="General text; the run's data.general otherwise.")] = None,
+    scales: Annotated[str, typer.Option(help="By commas; 0 is the base, 1 as trained.")] = "0,0.2,0.4,0.6,0.8,1,1.2",
+    metric: Annotated[str | None, typer.Option(help="The score; accuracy for labels, else loss.")] = None,
+    max_forgetting: Annotated[float | None, typer.Option(help="Largest KL to the base, nats a token.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of general text, at most.")] = 8192,
+    store: Annotated[float | None, typer.Option(help="Write the adapter with this scale folded in.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Whose dial, if the run has several.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the run's own otherwise.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Trace an adapter's scale against the task's score and forgetting, without training again."""
+    from rich.console import Console
+
+    from graft.measure.dial import Dial
+    from graft.measure.dial import dial as traced
+
+    asked = Dial(data, text, _numbers(scales, "--scales", float), metric, max_forgetting, limit, tokens, store, adapter)
+    found = traced(run, asked, device=device, console=Console(stderr=as_json))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 def _numbers(text: str, option: str, kind: type) -> tuple[Any, ...]:

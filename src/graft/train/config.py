@@ -107,6 +107,8 @@ class DataSettings(Settings):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Take only the first so many training rows."""
     eval_limit: Annotated[int, Field(ge=1)] | None = None
+    general: str | None = None
+    """Text that has nothing to do with the task (.txt, or rows with `text`): what is forgotten of it is measured."""
     template: str | dict[str, Any] | None = None
     """A kind (chat, instruction, alpaca, plain) or all settings; None: chat if the tokenizer has a template."""
     max_length: Annotated[int, Field(ge=2)] | None = None
@@ -166,6 +168,11 @@ class TrainSettings(Settings):
     """torch.compile on the blocks, in training steps; the first one waits for the compiler."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as the base is; bf16: autocast over an fp32 base, where the device has bf16."""
+    max_forgetting: Annotated[Number, Field(gt=0)] | None = None
+    """The largest KL to the base on `data.general`, in nats a token."""
+    on_forgetting: Literal["stop", "regularise"] = "stop"
+    """At the bound: end, or hold the outputs on the training batches to the base's; the adapter of the last evaluation
+    within the bound is kept."""
 
 
 class Run(Settings):
@@ -186,6 +193,16 @@ class Run(Settings):
     output: str
     """The run's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _forgetting_is_measured(self) -> Run:
+        if self.data.general is not None and self.data.eval is None:
+            raise ConfigError("data.general: it is measured at each evaluation; give data.eval, or leave it out")
+        if self.train.max_forgetting is not None and self.data.general is None:
+            raise ConfigError("train.max_forgetting: it needs data.general, a file of text to measure it on")
+        if self.train.max_forgetting is None and self.train.on_forgetting != "stop":
+            raise ConfigError("train.on_forgetting: there is no bound; give train.max_forgetting, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> Run:

@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 
 from graft.train.schedule import Schedule
 
+FORGETTING = ("forgetting_kl", "general_loss", "forgetting_weight")
+"""What is logged of general text, behind `eval_`."""
 NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
 
 
@@ -35,7 +37,7 @@ def read_lines(file: Path, until: int | None = None) -> list[dict[str, Any]]:
 
 class Recorder(TrainerCallback):
     """Writes `metrics.jsonl`: `step`, `epoch`, `seconds`, and `loss`, `lr`, `grad_norm`, `tokens_per_second` (without
-    padding and without evaluation), or `eval_loss`."""
+    padding and without evaluation), or `eval_loss` and what `FORGETTING` names."""
 
     def __init__(self, file: Path, schedule: Schedule, resumed: int) -> None:
         self.file, self.schedule = file, schedule
@@ -78,6 +80,7 @@ class Recorder(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(self.schedule.epoch(state.global_step), 4)}
         line |= {new: logs[old] for old, new in NAMES.items() if old in logs}
         line |= {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs}
+        line |= {key: logs[f"eval_{key}"] for key in FORGETTING if f"eval_{key}" in logs}
         if "loss" in line:
             line["tokens_per_second"] = round(self.speed, 1)
             self.tokens, self.busy = 0, 0.0
@@ -119,8 +122,9 @@ class Bar(TrainerCallback):
             self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
         if "eval_loss" in logs:
             right = f", accuracy {logs['eval_accuracy']:.3f}" if "eval_accuracy" in logs else ""
+            kl = f", forgetting {logs['eval_forgetting_kl']:.4f}" if "eval_forgetting_kl" in logs else ""
             self.progress.console.print(
-                f"step {state.global_step}/{state.max_steps}: evaluation loss {logs['eval_loss']:.4f}{right}",
+                f"step {state.global_step}/{state.max_steps}: evaluation loss {logs['eval_loss']:.4f}{right}{kl}",
                 highlight=False,
             )
 

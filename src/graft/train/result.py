@@ -26,7 +26,9 @@ class Result:
         run: its settings.
         metrics: `loss` (the last logged), `eval_loss` and `eval_loss_before`, `eval_loss_best` and `kept_step`,
             `steps`, `epochs`, `tokens_per_second`, the seconds of the median step since the last start
-            (`step_seconds`); with `train.compile` those of the first pass, which compiles (`compile_seconds`).
+            (`step_seconds`); with `train.compile` those of the first pass, which compiles (`compile_seconds`); with
+            `data.general` the kept adapter's `forgetting_kl` and `general_loss`, `general_loss_before`, and
+            `stopped_step` if the bound ended the run.
         peak_bytes: the most memory used: of the GPU, or of the process on a CPU.
         seconds: over all starts of the run.
         trainable, saved: values that trained, and values in the adapter folder.

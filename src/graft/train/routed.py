@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from graft.adapt import prepare, route
 from graft.bank import bank_of
-from graft.errors import TrainingError
+from graft.errors import ConfigError, TrainingError
 from graft.fast.head import head_of
-from graft.fast.loss import fast_loss
+from graft.fast.loss import Outputs, fast_loss
 from graft.fast.trunk import Trunk
 from graft.method import Delta
 from graft.slots import marked
@@ -93,6 +93,7 @@ class RoutedTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        routed = inputs
         inputs, routing = self.routed(inputs)
         share: Any = None
         if num_items_in_batch is not None and not self.counts_items:
@@ -104,9 +105,15 @@ class RoutedTrainer(SavingTrainer):
         if fast:
             head_of(self.model)  # here, so that its trial never runs inside of a route
         outputs: Any = None
+        further = self._held_to_base(routed, inputs) if model.training and fast else None
         with routing:
-            loss = self._fast_loss(model, inputs, num_items_in_batch) if fast else None
+            loss = self._fast_loss(model, inputs, num_items_in_batch, further) if fast else None
             if loss is None:
+                if self.guard is not None and self.guard.weight and model.training:
+                    raise ConfigError(
+                        "train.on_forgetting: regularise works where the loss is computed at labelled tokens alone, "
+                        "and the log says why it is not here; say stop"
+                    )
                 with in_fp32(self.logits_head):
                     loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if share is not None:
@@ -122,10 +129,25 @@ class RoutedTrainer(SavingTrainer):
         spread = getattr(self.accelerator, "parallelism_config", None) is not None or self.args.n_gpu > 1
         return not spread and self.compute_loss_func is None and not self.args.use_liger_kernel
 
-    def _fast_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor | None:
+    def _held_to_base(self, routed: dict[str, Any], inputs: dict[str, Any]) -> Callable[[Outputs], Tensor] | None:
+        """What regularising adds to the loss of this batch, once the adapter's outputs are there; None for nothing."""
+        if self.guard is None or not self.guard.weight:
+            return None
+        segments, rows = routed.get("segments"), len(inputs["labels"])
+        off: dict[str, Any] = {"segments": [(None, n) for _, n in segments]} if segments else {"rows": [None] * rows}
+        with route(self.model, **off):
+            return self.guard.towards_base(self.model, inputs)
+
+    def _fast_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        further: Callable[[Outputs], Tensor] | None,
+    ) -> Tensor | None:
         """The loss at the labelled rows, as Trainer scales it; None where the plain one is needed."""
         smoothing = self.args.label_smoothing_factor
-        loss = fast_loss(self.model, inputs, call=model, num_items=num_items, smoothing=smoothing)
+        loss = fast_loss(self.model, inputs, call=model, num_items=num_items, smoothing=smoothing, further=further)
         if loss is None or num_items is None or not self.args.average_tokens_across_devices:
             return loss
         return loss * self.accelerator.num_processes

@@ -30,6 +30,7 @@ from graft.train import state as states
 from graft.train.compiled import Compiled
 from graft.train.config import Run
 from graft.train.folder import begin, begun, place, undone, write_text
+from graft.train.forgetting import Guard
 from graft.train.guards import checkpointing
 from graft.train.plot import plot
 from graft.train.progress import Bar, Recorder, Stopper
@@ -138,11 +139,14 @@ def _train(
     with _quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
+        if run.data.general is not None:
+            trainer.guard = Guard(run, model, tokenizer, folder / "checkpoints", data.names)
         rows, times = _evaluations(run, data, schedule)
         with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder, shared) as trainer.trunk:
             if run.train.compile:
                 trainer.compiled = Compiled(model, () if trainer.trunk is None else trainer.trunk.modules)
-            trainer.dry_run()
+            with contextlib.nullcontext() if trainer.guard is None else trainer.guard.tried():
+                trainer.dry_run()
             if trainer.compiled is not None:
                 trainer.compiled.first_pass(trainer.dry_run)
             if not resumed:
@@ -151,6 +155,8 @@ def _train(
             if trainer.trunk is not None:
                 console.print(trainer.trunk.plan, highlight=False, soft_wrap=True)
             recorder = _fit(trainer, folder, schedule, console)
+            if trainer.guard is not None and trainer.guard.told is not None:
+                console.print(trainer.guard.told, highlight=False, soft_wrap=True)
             if trainer.trunk is not None:
                 console.print(trainer.trunk.told, highlight=False, soft_wrap=True)
             if trainer.compiled is not None:
@@ -255,9 +261,12 @@ def _fit(trainer: GraftTrainer, folder: Path, schedule: Schedule, console: Conso
             f"{stopper.asked}: stopped after step {step} of {schedule.steps}; {trainer.newest} is saved, the same "
             "command goes on from there"
         )
-    best = trainer.state.best_global_step
-    if trainer.args.metric_for_best_model and best and best != step:
-        states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
+    best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+    if best:
+        if best != step:
+            states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
+    elif trainer.guard is not None and trainer.guard.over:
+        trainer.guard.restore(trainer.model)
     return recorder
 
 
@@ -326,9 +335,17 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
         found["tokens_per_second"] = round(sum(speeds) / len(speeds), 1)
     if evaluated:
         best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+        if not best and trainer.guard is not None and trainer.guard.over:
+            best = trainer.guard.kept_step
         kept = next((line for line in evaluated if line["step"] == best), evaluated[-1])
-        found |= {key: kept[key] for key in ("eval_loss", "eval_accuracy") if key in kept}
+        found |= {
+            key: kept[key] for key in ("eval_loss", "eval_accuracy", "forgetting_kl", "general_loss") if key in kept
+        }
         found["eval_loss_before"] = evaluated[0]["eval_loss"]
+        if "general_loss" in kept:
+            found["general_loss_before"] = evaluated[0]["general_loss"]
+        if trainer.guard is not None and trainer.guard.stopped:
+            found["stopped_step"] = step
         found["kept_step"] = kept["step"]
     return found
 

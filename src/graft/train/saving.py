@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from graft import files
 from graft.train import state as states
+from graft.train.forgetting import Guard
 
 
 class SavingTrainer(Trainer):
@@ -30,6 +31,8 @@ class SavingTrainer(Trainer):
     """How many checkpoints stay beside the best; None for what `save_total_limit` says."""
     newest: Path | None = None
     """The checkpoint that this training wrote or read last."""
+    guard: Guard | None = None
+    """Measures what is forgotten, if that is asked."""
     rates: Callable[[int], float] | None = None
     """The factor on the learning rate by step; None for what the arguments say."""
 
@@ -43,6 +46,8 @@ class SavingTrainer(Trainer):
         return self.lr_scheduler
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.guard is not None and self.guard.over:
+            return False  # what has forgotten too much is not the best, whatever its loss
         best = super()._determine_best_metric(metrics, trial)
         self.control.should_save = self.control.should_save or best
         return best
@@ -60,6 +65,8 @@ class SavingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but under a temporary name until it is complete."""
+        if self.guard is not None and self.guard.stopped:
+            return  # from the last checkpoint before, a run that is killed now comes to the same end
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{states.PREFIX}{self.state.global_step}"
         partial = final.with_name(final.name + states.PARTIAL)
@@ -73,6 +80,8 @@ class SavingTrainer(Trainer):
             self._save_rng_state(str(partial))
         if self.args.should_save:
             states.write(self.model, partial / states.STATE)
+            if self.guard is not None:
+                self.guard.write(partial)
             best = self.state.best_global_step
             if best:
                 self.state.best_model_checkpoint = str(folder / f"{states.PREFIX}{best}")
@@ -100,6 +109,8 @@ class SavingTrainer(Trainer):
         optimizer = not (self.args.save_only_model or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         states.check(self.newest, optimizer)
         states.read(self.model, self.newest / states.STATE)
+        if self.guard is not None:
+            self.guard.read(self.newest)
 
     def _load_best_model(self) -> None:
         states.read(self.model, Path(self.state.best_model_checkpoint or "") / states.STATE)

@@ -22,8 +22,10 @@ from graft.data.report import Limits, Report, report
 from graft.data.rows import Row, hold_out, load_rows
 from graft.data.template import Example, Template
 from graft.errors import ConfigError, DataError
+from graft.evaluate.general import documents
 from graft.ids import IGNORED
 from graft.train.config import Run
+from graft.train.forgetting import check as check_forgetting
 from graft.train.schedule import Schedule
 
 log = logging.getLogger("graft")
@@ -71,6 +73,7 @@ def check_settings(run: Run, tokenizer: PreTrainedTokenizerBase, config: Pretrai
         raise
     except NotImplementedError:  # a start that needs weights
         return
+    check_forgetting(run, model)
     _check_slots(template, [run.name], model)
     _free_positions([run.name], model)
 
@@ -100,6 +103,8 @@ def read_data(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     if context is not None and max_length > context:
         raise ConfigError(f"data.max_length: {max_length} is more than the {context} tokens that the model takes")
     mode = template.mode
+    if settings.general is not None:
+        documents(settings.general)  # what cannot be read is refused before anything is loaded
     labels = {row.label for row in rows}
     if mode == "classification" and len(labels) < 2:
         raise DataError(f"{rows[0].source}: every row has the label {labels.pop()!r}; give rows with two or more")
@@ -261,6 +266,8 @@ def template_for(run: Run, tokenizer: PreTrainedTokenizerBase, config: Pretraine
             f"data.template.mode: {run.base} is a {kind}, which sees the tokens that it shall predict; say "
             "mode classification, or take a causal base"
         )
+    if run.data.general is not None and template.mode == "classification":
+        raise ConfigError("data.general: a classifier has no loss on text; leave it out")
     for key in ("packing", "padding_free"):
         if getattr(run.data, key) and template.mode != "causal":
             raise ConfigError(f"data.{key}: it works for decoders only, not in mode {template.mode}")
@@ -341,7 +348,10 @@ def _check_room(data: Data, model: PreTrainedModel) -> None:
 
 
 def _hashes(run: Run, rows: Sequence[Row], held: Sequence[Row] | None) -> dict[str, str]:
-    sources = {"train": (run.data.train, rows)}
+    sources: dict[str, tuple[str, Sequence[Row]]] = {"train": (run.data.train, rows)}
+    if run.data.general is not None:
+        alone = Path(run.data.general).expanduser().is_file()  # its bytes are hashed
+        sources["general"] = (run.data.general, [] if alone else load_rows(run.data.general))
     if isinstance(run.data.eval, str):
         sources["eval"] = (run.data.eval, held or ())
     found = {}

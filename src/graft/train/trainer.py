@@ -313,6 +313,10 @@ class GraftTrainer(RoutedTrainer):
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
         if sums[3]:
             metrics[f"{metric_key_prefix}_accuracy"] = float(sums[2] / sums[3])
+        if self.guard is not None and metric_key_prefix == "eval":
+            with self.compute_loss_context_manager():
+                metrics |= self.guard.measure(self.model, self.state.global_step)
+            self.control.should_training_stop = self.control.should_training_stop or self.guard.stopped
         size = len(dataloader.dataset)  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=size)
 
