@@ -25,7 +25,8 @@ from graft.cli import app
 from tiny import tiny
 
 ASSETS = Path(graft.__file__).parent / "assets"
-VERBS = ["quickstart", "describe", "data", "train", "evaluate", "chat", "merge", "convert", "schema", "measure"]
+VERBS = ["data", "compare", "plan", "quickstart", "describe", "train", "evaluate", "chat", "merge", "convert", "schema"]
+VERBS += ["measure"]
 PROGRAM = [sys.executable, "-c", "from graft.cli import main; main()"]
 ROWS = [
     {"prompt": "a red house", "references": ["It is red.", "A red one."]},
@@ -100,8 +101,10 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
 OPTIONS = {
     "quickstart": {"--output", "--steps", "--fresh"},
     "describe": {"--adapter", "--json"},
-    "data": {"--json"},
-    "train": {"--fresh", "--profile"},
+    "data": {"--preview", "--endpoint", "--fresh", "--json"},
+    "compare": {"--retry", "--workers", "--executor", "--matrix", "--json"},
+    "plan": {"--length", "--device", "--probe", "--picture", "--json"},
+    "train": {"--fresh", "--force", "--profile"},
     "evaluate": {"--data", "--adapter", "--metrics", "--column", "--split", "--limit", "--template", "--batch-size"}
     | {"--max-new-tokens", "--no-base", "--truncate", "--answers", "--precision", "--device", "--json"},
     "chat": {"--adapter", "--system", "--max-new-tokens", "--temperature", "--precision", "--device"},

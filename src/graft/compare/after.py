@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.bank import bank_of
 from graft.data.collate import pad
-from graft.data.rows import Row, load_rows
+from graft.data.rows import Row, label_names, load_rows
 from graft.data.template import Template
-from graft.errors import GraftError
+from graft.errors import ConfigError, GraftError
 from graft.evaluate import score
 from graft.evaluate.batches import on_device, quiet, routed
+from graft.evaluate.forgetting import forgetting
 from graft.evaluate.generate import Decoding, answer_ids, generation_config
+from graft.evaluate.icl import few_shot
+from graft.evaluate.metrics import NEEDS
 from graft.evaluate.run import examine
 from graft.merging import merge, unmerge
 from graft.train.config import Run
@@ -65,6 +69,58 @@ def quality(
         decoding=Decoding(max_new_tokens=measure["max_new_tokens"]),
     )
     return next(iter(found.scores.values()))
+
+
+def few_shots(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    pool: Sequence[Row],
+    template: Template,
+    measure: Found,
+    seed: int,
+    batch_size: int,
+) -> Found:
+    """The quality of the base with demonstrations from the training rows, and how many they were.
+
+    Raises:
+        ConfigError: a quality that needs the loss of an answer, or a template that reads no demonstrations.
+    """
+    asked = measure["icl"]
+    metrics = [name for name in measure["metrics"] if NEEDS[name] != "loss"]
+    if measure["metrics"][0] not in metrics:
+        raise ConfigError(
+            f"in-context learning is not measured by {measure['metrics'][0]}; name accuracy or bleu first"
+        )
+    if template.mode == "classification":
+        raise ConfigError(
+            "a classification head reads no demonstrations; name a task in baselines.icl.template, for example "
+            "{task: sentiment}"
+        )
+    found = few_shot(
+        model,
+        tokenizer,
+        rows,
+        pool,
+        template,
+        shots=asked["shots"],
+        seed=seed,
+        calibrate=asked["calibrate"],
+        metrics=metrics,
+        batch_size=batch_size,
+        decoding=Decoding(max_new_tokens=measure["max_new_tokens"]),
+    )
+    return {"quality": next(iter(found.scores.values())), "note": f"{len(found.shots)} demonstrations"}
+
+
+def forgot(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> Found:
+    """What the adapter forgot of a general text, in nats a token."""
+    return dataclasses.asdict(forgetting(model, tokenizer, text, [name])[0])
+
+
+def outputs(template: Template, rows: Sequence[Row]) -> int | None:
+    """How many labels a classification head has; None for what has no head."""
+    return len(label_names(rows)) if template.mode == "classification" else None
 
 
 def evaluation_speed(

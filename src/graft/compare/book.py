@@ -111,6 +111,10 @@ class Book:
             "runs": [self._run(row) for row in rows if "seed" in row],
         }
         self.found["entries"] = [self.entries[each.label] for each in self.lines if each.label in self.entries]
+        self.write()
+
+    def write(self) -> None:
+        """Write what is found so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / FOUND, json.dumps(self.found, indent=2, ensure_ascii=False) + "\n")
 

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from graft.adapt import detach
@@ -32,13 +31,14 @@ from graft.compare.cells import summary
 from graft.compare.matrix_page import write_page
 from graft.data.rows import Row, load_rows
 from graft.data.template import Template
+from graft.disk import write_text
 from graft.errors import ConfigError, DataError, GraftError
 from graft.evaluate.icl import label_scores, one_pattern
 from graft.evaluate.metrics import accuracy
 from graft.evaluate.shots import draw, fitting, with_shots
 from graft.files import load
+from graft.settings import Settings, read_yaml, validated
 from graft.train.config import MethodField, TrainSettings, make_run
-from graft.train.folder import write_text
 from graft.train.run import Interrupted, train
 
 ICL, CALIBRATED, ZERO = "icl", "icl_calibrated", "zero_shot"
@@ -46,11 +46,7 @@ ICL, CALIBRATED, ZERO = "icl", "icl_calibrated", "zero_shot"
 TUNED = "tuned"
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class TestSettings(_Settings):
+class TestSettings(Settings):
     """A set of rows that every approach is tested on."""
 
     source: str
@@ -61,14 +57,14 @@ class TestSettings(_Settings):
     out_of_domain: bool = False
 
 
-class ArmSettings(_Settings):
+class ArmSettings(Settings):
     """A fine-tuning: a method, and how it is trained."""
 
     method: MethodField
     train: TrainSettings = TrainSettings(epochs=40, batch_size=16)
 
 
-class MatrixSettings(_Settings):
+class MatrixSettings(Settings):
     """What `run_matrix` runs; the key `matrix` of a `compare.yaml`."""
 
     bases: Annotated[list[str], Field(min_length=1)]
@@ -128,11 +124,8 @@ def load_matrix(path: str | Path) -> MatrixSettings:
     Raises:
         ConfigError: no such file or key, an unknown key, or a wrong type.
     """
-    try:
-        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("matrix"), dict):
+    found = read_yaml(path, "comparison", "matrix and output")
+    if not isinstance(found.get("matrix"), dict):
         raise ConfigError(f"{path}: no key 'matrix' with settings; docs/icl.md has an example")
     return make_matrix(found["matrix"], str(path))
 
@@ -143,13 +136,7 @@ def make_matrix(settings: dict[str, Any], where: str = "matrix") -> MatrixSettin
     Raises:
         ConfigError: an unknown key, a missing key or a wrong type.
     """
-    try:
-        return MatrixSettings.model_validate(settings)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        key = ".".join(["matrix", *map(str, first["loc"])])
-        message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(first["type"], first["msg"])
-        raise ConfigError(f"{where}: {key}: {message[0].lower()}{message[1:]}") from None
+    return validated(MatrixSettings, settings, f"{where}: matrix", "matrix")
 
 
 def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | None = None) -> dict[str, Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from importlib import resources
 from pathlib import Path
 from string import Template
 
 from graft.compare import page, pictures
 from graft.compare.field import FILE, Compared, read
+from graft.compare.matrix_page import matrix_html
 from graft.compare.table import Summary, csv_text, markdown, summarize, summary_json
 from graft.disk import write_text
-
-MATRIX = "graft.compare.matrix"
 
 
 def write_report(folder: Path | str, cost: str = "trainable", level: float = 0.05) -> Summary:
@@ -76,9 +73,7 @@ def html(summary: Summary) -> str:
 
 def _matrix(compared: Compared) -> str:
     """The matrix of fine-tuning against in-context learning, where the comparison has one."""
-    if compared.matrix is None or importlib.util.find_spec(MATRIX) is None:
-        return ""
-    return str(importlib.import_module(MATRIX).matrix_html(compared.matrix))
+    return "" if compared.matrix is None else matrix_html(compared.matrix)
 
 
 def _asset(name: str) -> str:

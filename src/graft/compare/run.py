@@ -21,6 +21,7 @@ from graft.compare import after
 from graft.compare.book import FOUND, Book
 from graft.compare.executors import LOST, Executor, opened
 from graft.compare.grid import ROW, RUNS, Entry, Grid, Row, Unit, entries, read_row, run_of
+from graft.compare.matrix import make_matrix, run_matrix
 from graft.compare.report import write_report
 from graft.compare.search import Chosen, Flow, flow
 from graft.compare.settings import Compare
@@ -30,16 +31,18 @@ from graft.errors import ConfigError, GraftError
 from graft.evaluate import metrics as measures
 from graft.evaluate.run import default_metrics
 from graft.planning.gate import check_room
+from graft.settings import read_yaml
 from graft.train.config import Run
 from graft.train.folder import undone
 from graft.train.run import Interrupted
 from graft.train.setup import Data, check_data, check_settings, read_data, schedule_of, template_for
 
+MATRIX = "matrix"
 QUALITY = ("accuracy", "bleu", "loss")
 """What is compared where the user names no metric: the first that fits the rows."""
 
 
-def compare(settings: Compare, *, retry: bool = False, console: Console | None = None) -> dict[str, Any]:
+def compare(settings: Compare, retry: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Run what is not done yet, and say what it shows.
 
     Args:
@@ -76,12 +79,37 @@ def compare(settings: Compare, *, retry: bool = False, console: Console | None =
                 _drive(flows, {entry.label: entry for entry in lines}, executor, book)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {folder} keeps what is done, the same command goes on from there") from None
+    if (folder / MATRIX / "matrix.json").is_file():
+        book.found["matrix"] = json.loads((folder / MATRIX / "matrix.json").read_text(encoding="utf-8"))
+        book.write()
     summary = write_report(folder)
     console.print(terminal(summary))
     for line in summary.verdict.lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{folder / 'report.html'} has all of it", highlight=False, soft_wrap=True, markup=False)
     return book.found
+
+
+def with_matrix(path: str, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
+    """The matrix of fine-tuning against in-context learning that a comparison's file describes, into `<output>/matrix`;
+    a report that is there already gets it too. A file with the keys `matrix` and `output` alone is enough.
+
+    Raises:
+        ConfigError, DataError, Interrupted: see `run_matrix`.
+    """
+    raw = read_yaml(path, "comparison", "matrix and output", overrides)
+    if not isinstance(raw.get("output"), str):
+        raise ConfigError(f"{path}: output: missing; name a folder")
+    if not isinstance(raw.get("matrix"), dict):
+        raise ConfigError(f"{path}: no key 'matrix' with settings; docs/icl.md has an example")
+    folder, console = Path(raw["output"]).expanduser(), console or Console()
+    found = run_matrix(make_matrix(raw["matrix"], path), folder / MATRIX, console)
+    if (folder / FOUND).is_file():
+        whole = json.loads((folder / FOUND).read_text(encoding="utf-8")) | {"matrix": found}
+        write_text(folder / FOUND, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write_report(folder)
+    console.print(f"{folder / MATRIX / 'matrix.html'} has all of it", highlight=False, soft_wrap=True, markup=False)
+    return found
 
 
 def _drive(flows: dict[str, Flow], by_label: dict[str, Entry], executor: Executor, book: Book) -> None:
@@ -152,7 +180,7 @@ def _folder(settings: Compare) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file; name a folder")
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / FOUND).is_file()
-    if strange and {item.name for item in folder.iterdir()} - {RUNS, LOCK}:
+    if strange and {item.name for item in folder.iterdir()} - {RUNS, LOCK, MATRIX}:
         raise ConfigError(f"output: {folder} holds something else than a comparison; take another folder")
     return folder
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from graft.compare.matrix import MatrixSettings
 from graft.errors import ConfigError
 from graft.method import REGISTRY
 from graft.settings import Listed, Number, Settings, read_yaml, validated
@@ -130,6 +131,8 @@ class Compare(Settings):
     keep: Literal["adapters", "results"] = "adapters"
     """What stays of a run: its folder with the adapter, or only its numbers. Trials leave numbers alone."""
     executor: Executor = Executor()
+    matrix: MatrixSettings | None = None
+    """Fine-tuning against in-context learning, in and out of domain; `graft compare --matrix` runs it."""
     output: str
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from graft import base, files
 from graft.adapt import detach
 from graft.compare import after, peak
 from graft.compare.grid import ROW, Row, Unit, read_row
-from graft.data.template import Template
+from graft.compare.settings import ICL
 from graft.disk import write_text
 from graft.errors import GraftError, TrainingError
 from graft.evaluate.batches import bank_or_none
@@ -26,7 +26,7 @@ from graft.train.config import Run, make_run
 from graft.train.progress import read_lines
 from graft.train.result import Result
 from graft.train.run import Interrupted, train
-from graft.train.setup import template_for
+from graft.train.setup import rows_of, template_for
 
 ERROR = "error.txt"
 CURVE = ("step", "loss", "eval_loss", "eval_accuracy")
@@ -117,22 +117,30 @@ class Worker:
         rows, size = after.test_rows(run, measure), run.train.eval_batch_size or run.train.batch_size
         found: Row = {"quality": after.quality(model, tokenizer, rows, template, name, measure, size)}
         found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, name, size)
+        if measure["forgetting"] is not None and not classify:
+            found["forgetting"] = after.forgot(model, tokenizer, measure["forgetting"], name)
         if measure["latency"]:
             found["latency"] = after.latency(model, tokenizer, rows, template, name)
         found["adapter_bytes"] = after.bytes_of(result.adapter)
         return found | {"batch_size": size}
 
     def _untrained(self, unit: Unit) -> Row:
-        """The bare base, or the base with demonstrations."""
-        run = make_run(unit["run"])
+        """The bare base, or the base with demonstrations; a head answers neither, so the template may be another."""
+        run, measure = make_run(unit["run"]), unit["measure"]
         tokenizer, config = base.load_tokenizer(run.base), base.load_config(run.base)
-        template: Template = template_for(run, tokenizer, config)
-        measure = unit["measure"]
+        asked = measure["icl"]["template"]
+        if asked is not None:
+            run = make_run(unit["run"] | {"data": unit["run"]["data"] | {"template": asked}})
+        template = template_for(run, tokenizer, config)
         rows, size = after.test_rows(run, measure), run.train.eval_batch_size or run.train.batch_size
         peak.reset()
-        model = self.base_of(run)
-        found: Row = {"quality": after.quality(model, tokenizer, rows, template, None, measure, size)}
-        found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, None, size)
+        model = self.base_of(run, after.outputs(template, rows))
+        found: Row = {}
+        if unit["kind"] == ICL:
+            found |= after.few_shots(model, tokenizer, rows, rows_of(run)[0], template, measure, unit["seed"], size)
+        else:
+            found["quality"] = after.quality(model, tokenizer, rows, template, None, measure, size)
+            found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, None, size)
         total = sum(parameter.numel() for parameter in model.parameters())
         found["counts"] = {"total": total, "trainable": 0, "saved": 0}
         return found | {"peak_bytes": peak.read(model.device), "batch_size": size}
