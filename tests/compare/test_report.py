@@ -177,17 +177,10 @@ def test_a_broken_comparison_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_matrix_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "made_matrix.py").write_text(
-        "def matrix_html(found):\n    return f'<p>cells: {found[\"cells\"]}</p>'\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(report, "MATRIX", "made_matrix")
+    monkeypatch.setattr(report, "matrix_html", lambda found: f"<p>cells: {found['cells']}</p>")
     page = page_of(tmp_path / "a", comparison() | {"matrix": {"cells": 3}})
     assert ("p", "cells: 3") in page.texts and any(a.get("href") == "#matrix" for a in page.all("a"))
-    monkeypatch.setattr(report, "MATRIX", "no_such_module")
-    assert not [
-        a for a in page_of(tmp_path / "b", comparison() | {"matrix": {}}).all("a") if a.get("href") == "#matrix"
-    ]
+    assert not [a for a in page_of(tmp_path / "b", comparison()).all("a") if a.get("href") == "#matrix"]
 
 
 def test_front_against_every_pair() -> None:

@@ -105,7 +105,7 @@ class Book:
             "settings": method if entry.kind == "method" else {},
             "status": status,
             "why": bad[0]["why"] if bad else None,
-            "note": chosen.note,
+            "note": chosen.note or next((row["note"] for row in good if row.get("note")), None),
             "lr": chosen.lr,
             "tried": chosen.tried,
             "runs": [self._run(row) for row in rows if "seed" in row],

@@ -92,6 +92,8 @@ class Entry(_Part):
     settings: dict[str, Any] = {}
     status: Literal["ok", "skipped", "failed", "partial"] = "ok"
     why: str | None = None
+    note: str | None = None
+    """What the user should know of it, though it came to its end."""
     lr: float | None = None
     tried: list[Tried] = []
     runs: list[One] = []

@@ -241,7 +241,8 @@ def entries(summary: Summary) -> str:
 def _entry(summary: Summary, row: Row) -> str:
     entry = row.entry
     value = "" if row.quality is None else f": {summary.compared.metric} {quality_text(row)}"
-    parts = [f'<p><span class="tag bad">{text(entry.status)}</span> {text(row.note)}</p>'] if row.note else []
+    tag = "" if entry.status == "ok" else f'<span class="tag bad">{text(entry.status)}</span> '
+    parts = [f"<p>{tag}{text(row.note)}</p>"] if row.note else []
     settings = {"method": entry.method or entry.kind, "learning rate": entry.lr, **entry.settings}
     parts.append(_part("Settings", definitions(settings)))
     if entry.tried:
@@ -332,5 +333,5 @@ def same_for_all(compared: Compared) -> str:
     }
     parts = [_part(title, definitions(values)) for title, values in facts.items() if values]
     notes = "".join(f"<li>{text(note)}</li>" for note in compared.notes)
-    left_out = f"<h3>Left out</h3><ul>{notes}</ul>" if notes else ""
-    return f'<div class="same">{"".join(parts)}</div>{left_out}'
+    remarks = f"<h3>Notes</h3><ul>{notes}</ul>" if notes else ""
+    return f'<div class="same">{"".join(parts)}</div>{remarks}'

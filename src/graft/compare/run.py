@@ -29,6 +29,7 @@ from graft.compare.table import terminal
 from graft.disk import LOCK, locked, write_text
 from graft.errors import ConfigError, GraftError
 from graft.evaluate import metrics as measures
+from graft.evaluate.general import documents
 from graft.evaluate.run import default_metrics
 from graft.planning.gate import check_room
 from graft.settings import read_yaml
@@ -64,6 +65,8 @@ def compare(settings: Compare, retry: bool = False, console: Console | None = No
     chosen = settings.model_copy(update={"metrics": _metrics(settings, rows, run)})
     schedule = schedule_of(run, data)
     hashes = data.hashes | ({"test": _hash(rows)} if settings.test is not None else {})
+    if settings.forgetting is not None:
+        hashes["forgetting"] = hashlib.sha256("\0".join(documents(settings.forgetting)).encode()).hexdigest()
     grid = Grid(chosen, hashes, schedule.steps)
     with undone(folder), locked(folder):
         book = Book(chosen, lines, folder, console)

@@ -154,10 +154,10 @@ class Row:
 
     @property
     def note(self) -> str:
-        """Why the line is not whole; empty if it is."""
+        """Why the line is not whole, or what to know of it; empty if nothing."""
         why = self.entry.why or next((run.why for run in self.entry.runs if run.why), None) or "no reason is known"
         if self.entry.status == "ok":
-            return "" if self.quality else "no quality was measured"
+            return (self.entry.note or "") if self.quality else "no quality was measured"
         if self.entry.status == "partial":
             return f"{len(self.entry.done)} of {len(self.entry.runs)} runs: {why}"
         return f"{self.entry.status}: {why}"
