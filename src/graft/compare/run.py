@@ -86,7 +86,7 @@ def compare(settings: Compare, retry: bool = False, console: Console | None = No
         book.found["matrix"] = json.loads((folder / MATRIX / "matrix.json").read_text(encoding="utf-8"))
         book.write()
     summary = write_report(folder)
-    console.print(terminal(summary))
+    console.print(terminal(summary, console.width))
     for line in summary.verdict.lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{folder / 'report.html'} has all of it", highlight=False, soft_wrap=True, markup=False)

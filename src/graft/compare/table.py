@@ -118,7 +118,7 @@ COLUMNS = (
         "latency_unmerged",
         "latency unmerged",
         "low",
-        "A forward with the adapter beside the base, over one of the base alone.",
+        "The time of a token of an answer (of a row, for a classifier) with the adapter, over the base alone.",
         over,
         lambda run: _slower(run, "unmerged"),
     ),
@@ -259,21 +259,32 @@ def _cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return heads, lines
 
 
-def terminal(summary: Summary) -> Table:
-    """The table for a terminal."""
+FIRST = ("trainable", "peak_bytes", "training_its", "latency_unmerged", "forgetting", "adapter_bytes", "share")
+"""Columns that a narrow terminal shows before the others."""
+
+
+def terminal(summary: Summary, width: int = 200) -> Table:
+    """The table for a terminal of so many letters: what does not fit is left to the report. Notes are its caption."""
     from rich.table import Table
     from rich.text import Text
 
     heads, lines = _cells(summary)
-    if not any(line[-1] for line in lines):
-        heads, lines = heads[:-1], [line[:-1] for line in lines]
-    table = Table(title=Text(summary.compared.title), caption_justify="left", header_style="bold")
-    for head in heads:
-        text = head in ("label", "method", "note")
-        table.add_column(head, justify="left" if text else "right", overflow="fold")
+    by_key = {column.key: number + 3 for number, column in enumerate(used(summary.rows))}
+    wanted = [0, 2, *(by_key[key] for key in FIRST if key in by_key)]
+    wanted += [number for number in range(len(heads) - 1) if number not in wanted]
+    room, kept = width - 1, list[int]()
+    for number in wanted:
+        room -= 3 + max(len(heads[number]), *(len(line[number]) for line in lines))
+        if room >= 0 or len(kept) < 2:
+            kept.append(number)
+    notes = "\n".join(f"{line[0]}: {line[-1]}" for line in lines if line[-1])
+    caption = Text(notes, style="dim") if notes else None
+    table = Table(title=Text(summary.compared.title), caption=caption, caption_justify="left", header_style="bold")
+    for number in sorted(kept):
+        table.add_column(heads[number], justify="left" if number < 2 else "right", overflow="fold")
     for row, line in zip(summary.rows, lines, strict=True):
         style = "bold" if row.entry.label == summary.verdict.best else "dim" if row.quality is None else ""
-        table.add_row(*(Text(cell) for cell in line), style=style)
+        table.add_row(*(Text(line[number]) for number in sorted(kept)), style=style)
     return table
 
 
