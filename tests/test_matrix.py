@@ -318,8 +318,8 @@ def test_rows_are_chosen_by_length_and_apart(folder: Path, settings: Build, tmp_
     ("changes", "words"),
     [
         ({"shots": 25}, "24 rows for 25 shots"),
-        ({"shots": 0}, "matrix.shots"),
-        ({"sots": 3}, "matrix.sots: unknown key"),
+        ({"shots": 0}, "matrix: shots"),
+        ({"sots": 3}, "matrix: sots: unknown key"),
         ({"template": {"kind": "plane"}}, "matrix.template kind 'plane' is unknown"),
         ({"template": {"mode": "classification", "kind": "plain"}}, "needs labels, and words"),
         ({"template": {**TEMPLATE, "verbalizer": {"good": "fine"}}}, "label 'bad' has no word"),
@@ -341,7 +341,7 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
     file.write_text(
         "matrix: {bases: [embedded], train: a.jsonl, tests: {t: {source: b}}, template: {}, methods: {m: {}}}"
     )
-    with pytest.raises(ConfigError, match=r"compare.yaml: matrix.methods.m.method: missing"):
+    with pytest.raises(ConfigError, match=r"compare.yaml: matrix: methods.m.method: missing"):
         load_matrix(file)
     file.write_text(file.read_text().replace("m: {}", "m: {method: lora, train: {lr: 1e-3}}"))
     assert load_matrix(file).methods["m"].train.lr == 1e-3
