@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from graft.description import describe
     from graft.errors import (
         AdapterFileError,
+        BusyError,
         ConfigError,
         DataError,
         GraftError,
@@ -63,6 +64,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "AdapterFileError": "errors",
+    "BusyError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "GraftError": "errors",
@@ -96,6 +98,7 @@ __all__ = [
     "AdapterFileError",
     "BitFit",
     "Bottleneck",
+    "BusyError",
     "Compose",
     "ConfigError",
     "DataError",

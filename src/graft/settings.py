@@ -88,7 +88,7 @@ def validated(kind: type[S], settings: dict[str, Any], where: str, what: str) ->
 
 
 def override(settings: dict[str, Any], text: str) -> None:
-    """Put "key=value" into settings; short forms on the way become mappings."""
+    """Put "key=value" into settings: dotted keys, numbers for the places of a list; short forms become mappings."""
     key, equals, written = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{text}: expected key=value, for example train.lr=2e-4")
@@ -97,20 +97,30 @@ def override(settings: dict[str, Any], text: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{text}: the value is not valid YAML") from None
     *parents, last = key.split(".")
-    place = settings
+    place: Any = settings
     for depth, name in enumerate(parents):
-        inner = place.get(name)
+        at = _at(place, name, text)
+        inner = place[at] if isinstance(place, list) else place.get(name)
         if isinstance(inner, str) and name in SHORT:
             inner = {SHORT[name]: inner}
         if inner is None:
             inner = {"method": DEFAULT_METHOD} if key.startswith("method.") else {}
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict | list):
             raise ConfigError(f"{text}: {'.'.join(parents[: depth + 1])} has no keys of its own")
-        place[name] = dict(inner)
-        place = place[name]
+        place[at] = inner.copy()
+        place = place[at]
     if key == "method" and isinstance(value, str):
         value = {"method": value}
-    place[last] = value
+    place[_at(place, last, text)] = value
+
+
+def _at(place: Any, name: str, text: str) -> Any:
+    """The key, or the number in a list."""
+    if not isinstance(place, list):
+        return name
+    if not name.isdecimal() or int(name) >= len(place):
+        raise ConfigError(f"{text}: there is no {name!r} to change; the {len(place)} entries count from 0")
+    return int(name)
 
 
 def nearest(word: str, known: Any) -> str:

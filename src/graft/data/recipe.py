@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from graft.errors import ConfigError
-from graft.settings import Number, Settings, explain, read_yaml
+from graft.settings import Number, Settings, read_yaml, validated
 
 Share = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -246,9 +245,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), endpoint: str |
     Raises:
         ConfigError: no such file, no valid YAML, an unknown key (with the nearest known one), or a wrong type.
     """
-    settings = read_yaml(path, "recipe", "sources and output")
-    for text in overrides:
-        _override(settings, text)
+    settings = read_yaml(path, "recipe", "sources and output", overrides)
     if endpoint is not None:
         if not isinstance(settings.get("generate"), dict):
             raise ConfigError(f"--endpoint: {path} has no generate section; add it, with the model's name")
@@ -262,44 +259,12 @@ def make_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
     Raises:
         ConfigError: an unknown key, a missing key or a wrong type.
     """
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, settings, Recipe, 'recipe')}") from None
+    return validated(Recipe, settings, where, "recipe")
 
 
 def is_recipe(path: str | Path) -> bool:
     """Whether a YAML file describes a recipe: it has `sources`, which a run has not."""
     return "sources" in read_yaml(path, "run or recipe", "base, data and output, or sources and output")
-
-
-def _override(settings: Any, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override}: expected key=value, for example size=1000")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{override}: the value is not valid YAML") from None
-    *parents, last = key.split(".")
-    place = settings
-    for name in parents:
-        place = _inner(place, name, override)
-    if isinstance(place, list):
-        _inner(place, last, override)
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise ConfigError(f"{override}: {'.'.join(parents)} has no keys of its own")
-
-
-def _inner(place: Any, name: str, override: str) -> Any:
-    if isinstance(place, dict):
-        return place.setdefault(name, {})
-    if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
-        return place[int(name)]
-    raise ConfigError(f"{override}: there is no {name!r} to change; sources count from 0")
 
 
 def _bare(settings: GenerateSettings) -> str:
