@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import logging
 import warnings
@@ -39,6 +40,8 @@ HEADS = tuple(_CLASSES)
 """Endings of the classes of the config that are neither causal nor encoder-decoders."""
 TRAINED = ("Classification", "QuestionAnswering")
 """Endings of the auto classes whose task head an adapter trains."""
+
+EDGE = 1 << 20
 
 
 def load_base(
@@ -152,6 +155,27 @@ def load_config(path: str | Path) -> PretrainedConfig:
             raise ConfigError(f"base {path}: no config.json in the folder{hint}")
     with _quiet(), _one_line(path):
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
+
+
+def identity(path: str) -> str:
+    """A short hash that changes with the base: of its config, a hub name's commit, and the sizes and edges of the files
+    of weights (1 MB from each end: all of a big base takes too long).
+
+    Raises:
+        ConfigError: no such base.
+    """
+    config = load_config(path)
+    place = Path(_place(path))
+    found = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    found.update(str(getattr(config, "_commit_hash", None)).encode())
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else ():
+        size = file.stat().st_size
+        found.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as weights:
+            found.update(weights.read(EDGE))
+            weights.seek(max(0, size - EDGE))
+            found.update(weights.read(EDGE))
+    return found.hexdigest()[:12]
 
 
 def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:

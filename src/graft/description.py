@@ -140,6 +140,11 @@ def describe(model: nn.Module) -> Description:
     )
 
 
+def values(model: nn.Module) -> int:
+    """How many values a model has, adapters too; tied ones once, a quantized weight as the matrix it stands for."""
+    return _count(model.modules())
+
+
 def _count(modules: Iterable[nn.Module], *, only_trained: bool = False) -> int:
     """Values of the modules' own parameters; a quantized weight counts as the matrix that it stands for."""
     values: dict[Any, int] = {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from graft.errors import ConfigError
+from graft.errors import BusyError
 
 if sys.platform != "win32":
     import fcntl
@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing into the folder; a killed one loses its lock with its life.
 
     Raises:
-        ConfigError: another process works there.
+        BusyError: another process works there.
     """
     if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
         yield  # no such locks; or not the first process of a distributed run, which locks for all
@@ -46,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             mine = False
         if not mine:  # or it was removed between the two calls, by a run that just ended
-            raise ConfigError(f"output: another process works in {folder}; wait for it, or take another output")
+            raise BusyError(f"output: another process works in {folder}; wait for it, or take another output")
         try:
             yield
         finally:

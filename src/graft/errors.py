@@ -11,6 +11,10 @@ class ConfigError(GraftError):
     """A setting is unknown, of the wrong type, or contradicts another."""
 
 
+class BusyError(ConfigError):
+    """Another process works in the folder."""
+
+
 class SiteError(GraftError):
     """A method asks for a place that the model does not have, or cannot take there."""
 

@@ -7,6 +7,8 @@ import json
 from graft.compare.grid import Row, Unit
 from graft.compare.work import Worker
 
+ANIMALS = ("cat", "dog", "bird", "fish", "horse", "mouse", "frog", "bear")
+
 
 class Here:
     """An executor in this process: no unit is under way while another ends."""

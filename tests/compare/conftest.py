@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare_here import Here
+from compare_here import ANIMALS, Here
 
 from graft.base import load_tokenizer
 from graft.compare import run as running
@@ -18,8 +18,6 @@ from graft.compare.settings import Compare, make_compare
 from tiny import tiny
 
 torch.set_num_threads(1)
-
-ANIMALS = ("cat", "dog", "bird", "fish", "horse", "mouse", "frog", "bear")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from compare_here import Here
+from compare_here import ANIMALS, Here
 from rich.console import Console
 
 from graft.compare.run import compare
-from graft.compare.settings import Compare, make_compare
+from graft.compare.settings import Compare, Icl, make_compare
 from graft.errors import ConfigError, DataError
 
 QUIET = Console(quiet=True)
@@ -129,6 +130,13 @@ def _wait_for(folder: Path, rows: int, process: subprocess.Popen[bytes]) -> None
         ({"methods": {"base": "lora"}}, "cannot be a label"),
         ({"methods": {"x": {"method": "lora", "rnk": 3}}}, "methods.x"),
         ({"methods": {"x": {"method": "lora", "lrs": [0]}}}, "methods.x"),
+        ({"methods": {"x": {"method": "lora", "lrs": [1e-3, 0.001]}}}, "different rates"),
+        ({"methods": {"x": {"method": "lora", "lrs": [1e-3], "train": {"lr": 1}}}}, "give one of them"),
+        ({"methods": {"full": "lora"}, "baselines": {}}, "full fine-tuning's label"),
+        ({"methods": {"x": {"method": "lora", "lrs": [1, 2]}}, "search": {"kind": "none"}}, "one rate"),
+        ({"metrics": ["accuracy"]}, "label"),
+        ({"search": {"metric": "accuracy"}}, "search.metric"),
+        ({"train": {"max_steps": 3, "warmup": 5}}, "train.warmup"),
         ({"methods": ["lora", "lora"]}, "twice"),
         ({"methods": [], "baselines": {"full": False}}, "name at least one"),
         ({"seeds": [1, 1]}, "different seeds"),
@@ -138,8 +146,71 @@ def _wait_for(folder: Path, rows: int, process: subprocess.Popen[bytes]) -> None
     ],
 )
 def test_bad_settings(settings: Callable[..., Compare], parts: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         compare(settings(**parts), console=QUIET)
+
+
+def test_test_rows_that_were_trained(settings: Callable[..., Compare], rows: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="which is trained"):
+        compare(settings(test=rows["train"]), console=QUIET)
+
+
+def test_an_entry_s_own_rate_and_budget(settings: Callable[..., Compare], here: Here) -> None:
+    methods = {"long": {"method": "lora", "train": {"lr": 5e-3, "max_steps": 6}}, "short": "lora"}
+    found = by_label(compare(settings(methods=methods, seeds=1, search={"kind": "none"}), console=QUIET))
+    assert [(unit["label"], unit["lr"], unit["steps"]) for unit in here.done[:2]] == [
+        ("long", 5e-3, 6),
+        ("short", 2e-4, 4),
+    ]
+    assert found["long"]["lr"] == 5e-3
+
+
+def test_another_base_at_the_same_place_runs_anew(
+    settings: Callable[..., Compare], here: Here, base: str, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    asked = settings(base=str(tmp_path / "base"), seeds=1, search={"lrs": [1e-2]})
+    compare(asked, console=QUIET)
+    count = len(here.done)
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    compare(asked, console=QUIET)
+    assert len(here.done) == 2 * count
+
+
+def test_a_classification_head(settings: Callable[..., Compare], here: Here, tmp_path: Path) -> None:
+    """Soft prompts are timed too; the untouched base has a random head for each seed; demonstrations need words."""
+    texts = [{"text": f"the {a} likes the {b}", "label": ["good", "bad"][len(a) % 2]} for a in ANIMALS for b in ANIMALS]
+    file, test = tmp_path / "labels.jsonl", tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts[:50]))
+    test.write_text("".join(json.dumps(row) + "\n" for row in texts[50:]))
+    data = {"train": str(file), "eval": 0.2, "template": {"mode": "classification"}}
+    asked = settings(
+        methods=["prompt_tuning"], data=data, test=str(test), latency=True, metrics=None, search={"lrs": [1e-2]},
+        baselines={"full": False},
+    )  # fmt: skip
+    entries = by_label(compare(asked, console=QUIET))
+    run = entries["prompt_tuning"]["runs"][0]
+    assert entries["prompt_tuning"]["status"] == "ok" and run["latency"]["unmerged"] > 0 and run["note"] is None
+    assert entries["icl"]["status"] == "skipped" and "baselines.icl.template" in entries["icl"]["why"]
+    assert len(entries["base"]["runs"]) == 2 and run["batch_size"] == 4
+    words = {"templates": ["{text} is"], "verbalizer": {"good": "good", "bad": "bad"}, "kind": "plain"}
+    asked = asked.model_copy(
+        update={"baselines": asked.baselines.model_copy(update={"icl": Icl(shots=2, template=words)})}
+    )
+    entries = by_label(compare(asked, console=QUIET))
+    assert entries["icl"]["status"] == "ok" and entries["icl"]["runs"][0]["latency"]["unmerged"] > 0
+    assert len(entries["base"]["runs"]) == 1
+
+
+def test_a_start_that_only_measures_keeps_the_peak(settings: Callable[..., Compare], here: Here) -> None:
+    asked = settings(seeds=1, search={"lrs": [1e-2]}, baselines={"base": False, "full": False, "icl": False})
+    compare(asked, console=QUIET)
+    row = Path(here.done[-1]["folder"]) / "row.json"
+    peak = json.loads(row.read_text())["peak_bytes"]
+    row.unlink()
+    compare(asked, console=QUIET)
+    assert json.loads(row.read_text())["peak_bytes"] == peak
 
 
 def test_bad_data_is_said_once_and_nothing_is_written(settings: Callable[..., Compare], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from graft.compare.search import Chosen, best, flow, rungs
 from graft.compare.settings import RATES, Compare, Search, make_compare
 
 METHOD = {"method": "lora"}
+STEPS = {"lora": 180}
 
 
 def comparison(output: Path | str = "out", **search: Any) -> Compare:
@@ -70,8 +71,8 @@ def test_halving_finds_what_the_whole_grid_finds_with_less() -> None:
     def score(unit: Unit) -> float:
         return -abs(RATES.index(unit["lr"]) - 4) - 1 / unit["steps"] + 0.01 * unit["seed"]
 
-    short, few = played(entry, Grid(comparison(), {}, 180), score)
-    whole, all_units = played(entry, Grid(comparison(kind="exhaustive"), {}, 180), score)
+    short, few = played(entry, Grid(comparison(), {}, STEPS), score)
+    whole, all_units = played(entry, Grid(comparison(kind="exhaustive"), {}, STEPS), score)
     assert short.lr == whole.lr == RATES[4]
     assert [unit["steps"] for unit in few] == [20] * 9 + [60] * 3 + [180] * 3
     assert len(all_units) == 27 and {unit["steps"] for unit in all_units} == {180}
@@ -81,18 +82,40 @@ def test_halving_finds_what_the_whole_grid_finds_with_less() -> None:
 
 def test_a_rate_that_fails_is_not_taken() -> None:
     entry = Entry("lora", "method", METHOD, (1e-3, 1e-2, 1e-1))
-    found, _ = played(entry, Grid(comparison(), {}, 30), lambda unit: None if unit["lr"] > 5e-2 else unit["lr"])
+    found, _ = played(
+        entry, Grid(comparison(), {}, {"lora": 30}), lambda unit: None if unit["lr"] > 5e-2 else unit["lr"]
+    )
     assert found.lr == 1e-2
     assert [each["status"] for each in found.tried] == ["ok", "ok", "failed"]
-    found, asked = played(entry, Grid(comparison(), {}, 30), lambda unit: None)
+    found, asked = played(entry, Grid(comparison(), {}, {"lora": 30}), lambda unit: None)
     assert found.lr is None and found.rows[0]["why"] == "the loss is nan" and len(asked) == 3
+
+
+def test_a_rate_that_fails_on_the_whole_budget_gives_way_to_the_next() -> None:
+    entry = Entry("lora", "method", METHOD, (1e-3, 1e-2, 1e-1))
+
+    def score(unit: Unit) -> float | None:
+        return None if unit["lr"] == 1e-2 and unit["kind"] == "final" else -abs(unit["lr"] - 1e-2)
+
+    found, asked = played(entry, Grid(comparison(eta=2), {}, {"lora": 40}), score)
+    assert found.lr == 1e-3 and "0.01" in str(found.note) and [row["status"] for row in found.rows] == ["ok"] * 3
+    assert [unit["lr"] for unit in asked if unit["kind"] == "final"] == [1e-2] * 3 + [1e-3] * 3
+
+
+def test_a_warm_up_in_steps_is_the_same_share_of_a_trial() -> None:
+    entry = Entry("lora", "method", METHOD, RATES)
+    settings = comparison()
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"warmup": 60})})
+    grid = Grid(settings, {}, STEPS)
+    assert grid.trial(entry, 1e-3, 20)["run"]["train"]["warmup"] == pytest.approx(1 / 3)
+    assert grid.final(entry, 1e-3, 0)["run"]["train"]["warmup"] == 60
 
 
 def test_the_edge_of_the_grid_is_named() -> None:
     entry = Entry("lora", "method", METHOD, RATES)
-    found, _ = played(entry, Grid(comparison(), {}, 180), lambda unit: unit["lr"])
+    found, _ = played(entry, Grid(comparison(), {}, STEPS), lambda unit: unit["lr"])
     assert found.lr == max(RATES) and "highest" in str(found.note)
-    found, _ = played(entry, Grid(comparison(), {}, 180), lambda unit: -abs(unit["lr"] - 1e-3))
+    found, _ = played(entry, Grid(comparison(), {}, STEPS), lambda unit: -abs(unit["lr"] - 1e-3))
     assert found.note is None
 
 
@@ -129,7 +152,7 @@ class Dying:
 def test_a_lost_run_is_done_again_once(tmp_path: Path, deaths: int, status: str) -> None:
     settings = comparison(tmp_path, kind="none").model_copy(update={"seeds": 1})
     lines = [Entry(label, "method", METHOD, (1e-3,)) for label in ("a", "b")]
-    grid = Grid(settings, {}, 10)
+    grid = Grid(settings, {}, {"a": 10, "b": 10})
     book = Book(settings, lines, tmp_path, Console(quiet=True))
     book.found = {"machine": {}, "versions": {}}
     dying = Dying({"a": deaths})
@@ -141,7 +164,7 @@ def test_a_lost_run_is_done_again_once(tmp_path: Path, deaths: int, status: str)
 def test_entries_with_one_change_have_folders_of_their_own(tmp_path: Path) -> None:
     def folders(settings: Compare, hashes: dict[str, str] | None = None) -> Sequence[str]:
         entry = Entry("lora", "method", METHOD, (1e-3,))
-        grid = Grid(settings, hashes or {"train": "a"}, 30)
+        grid = Grid(settings, hashes or {"train": "a"}, {"lora": 30})
         return [grid.trial(entry, 1e-3, 10)["folder"], grid.final(entry, 1e-3, 0)["folder"]]
 
     first = comparison(tmp_path)

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from graft.adapt import prepare
 from graft.bank import bank_of
 from graft.data.collate import pad
-from graft.data.rows import Row, label_names, load_rows
+from graft.data.rows import Row, load_rows
 from graft.data.template import Template
 from graft.errors import ConfigError, GraftError
 from graft.evaluate import score
-from graft.evaluate.batches import on_device, quiet, routed
+from graft.evaluate.batches import bank_or_none, on_device, quiet, routed
 from graft.evaluate.forgetting import forgetting
 from graft.evaluate.generate import Decoding, answer_ids, generation_config
 from graft.evaluate.icl import few_shot
 from graft.evaluate.metrics import NEEDS
 from graft.evaluate.run import examine
+from graft.evaluate.shots import with_shots
 from graft.merging import merge, unmerge
 from graft.train.config import Run
 from graft.train.setup import rows_of
@@ -55,9 +57,10 @@ def quality(
     template: Template,
     entry: Any,
     measure: Found,
+    truncate: bool,
     batch_size: int,
 ) -> dict[str, float]:
-    """The metrics of one entry."""
+    """The metrics of one entry; `truncate` cuts rows that are longer than the context, where losses are measured."""
     found = examine(
         model,
         tokenizer,
@@ -67,6 +70,7 @@ def quality(
         measure["metrics"],
         batch_size=batch_size,
         decoding=Decoding(max_new_tokens=measure["max_new_tokens"]),
+        truncate=truncate,
     )
     return next(iter(found.scores.values()))
 
@@ -110,17 +114,19 @@ def few_shots(
         batch_size=batch_size,
         decoding=Decoding(max_new_tokens=measure["max_new_tokens"]),
     )
-    return {"quality": next(iter(found.scores.values())), "note": f"{len(found.shots)} demonstrations"}
+    made: Found = {"quality": next(iter(found.scores.values())), "note": f"{len(found.shots)} demonstrations"}
+    if measure["latency"]:
+        asked, behind = with_shots(rows[:ANSWERS], found.shots, template.fit([*pool, *rows], tokenizer))
+        calls = {"base": _answering(model, tokenizer, rows[:ANSWERS], template, None)}
+        with quiet(model):
+            took = _in_turn(calls | {"unmerged": _answering(model, tokenizer, asked, behind, None)})
+        made["latency"] = took | {"merged": None}
+    return made
 
 
 def forgot(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> Found:
     """What the adapter forgot of a general text, in nats a token."""
     return dataclasses.asdict(forgetting(model, tokenizer, text, [name])[0])
-
-
-def outputs(template: Template, rows: Sequence[Row]) -> int | None:
-    """How many labels a classification head has; None for what has no head."""
-    return len(label_names(rows)) if template.mode == "classification" else None
 
 
 def evaluation_speed(
@@ -176,12 +182,16 @@ def _answering(
     """A call that answers each row on its own, and returns how many tokens it made; `MERGED` is no route."""
     if template.mode == "classification":
         examples = template.examples(rows, tokenizer)
-        batches = [on_device(pad([each], tokenizer, mode="classification"), model) for each in examples]
+        batches = [pad([each], tokenizer, mode="classification") for each in examples]
+        for batch in batches:
+            del batch["labels"]
 
         def classify() -> int:
             for batch in batches:
                 with contextlib.nullcontext() if entry is MERGED else routed(model, [entry]):
-                    model(**{key: value for key, value in batch.items() if key != "labels"})
+                    given = batch if entry is MERGED or bank_or_none(model) is None else prepare(model, batch, [entry])
+                    out = model(**on_device(given, model))
+                out.logits.sum().item()  # a GPU is done then
             return len(rows)
 
         return classify

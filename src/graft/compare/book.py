@@ -22,6 +22,7 @@ from graft.train.setup import Data
 FOUND = "compare.json"
 LOWER = ("loss", "perplexity")
 """Metrics of which less is better."""
+MIXED = "Not all runs were made on one machine with the same versions: times and memory are not comparable."
 OF_RUN = (
     *("seed", "status", "why", "quality", "batch_size", "counts", "peak_bytes", "training_its", "evaluation_its"),
     *("adapter_bytes", "latency", "forgetting", "curve", "seconds", "folder", "note"),
@@ -45,6 +46,8 @@ class Book:
         self.metric = settings.metrics[0]
         self.entries: dict[str, dict[str, Any]] = {}
         self.found: dict[str, Any] = {}
+        self.made: set[str] = set()
+        """The machines and versions of the runs."""
         self.runs = 0
 
     def facts(self, run: Run, data: Data, schedule: Schedule, test_rows: int) -> None:
@@ -94,6 +97,10 @@ class Book:
         for row in rows:
             for key in ("machine", "versions"):
                 self.found[key] |= row.get(key) or {}
+            if "machine" in row:
+                self.made.add(json.dumps([row["machine"], row["versions"]], sort_keys=True))
+        if len(self.made) > 1 and MIXED not in self.found["notes"]:
+            self.found["notes"].append(MIXED)
         method = entry.method if isinstance(entry.method, dict) else {"method": entry.method}
         good = [row for row in rows if row["status"] == "ok"]
         bad = [row for row in rows if row["status"] != "ok"]

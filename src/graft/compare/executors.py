@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -65,9 +66,10 @@ def opened(settings: Settings) -> Iterator[Executor]:
 class _Process:
     """A process that does units (see `graft.compare.worker`): JSON lines in, JSON lines out."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int, of: int) -> None:
         command = [sys.executable, "-m", "graft.compare.worker"]
         own: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}  # Ctrl-C is for us alone
+        own["env"] = _environment(number, of)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **own)
         self.unit: Unit | None = None
 
@@ -82,8 +84,10 @@ class _Process:
         """Wait for what comes of the unit."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        if line.endswith("\n"):
-            return json.loads(line)
+        with contextlib.suppress(ValueError):  # a broken line: it died while it wrote, or something else wrote
+            if line.endswith("\n"):
+                return json.loads(line)
+        self.process.kill()
         return {"status": "lost", "why": _died(self.process.wait())}
 
 
@@ -100,7 +104,7 @@ class Local:
 
     def start(self, unit: Unit) -> None:
         number = next(i for i, worker in enumerate(self.workers) if worker is None or worker.unit is None)
-        worker = self.workers[number] = self.workers[number] or _Process()
+        worker = self.workers[number] = self.workers[number] or _Process(number, len(self.workers))
         worker.start(unit)
         threading.Thread(target=lambda: self.rows.put((number, worker.row())), daemon=True).start()
 
@@ -133,6 +137,19 @@ class Local:
         self.workers = [None] * len(self.workers)
 
 
+def _environment(number: int, of: int) -> dict[str, str]:
+    """Of several workers each gets a GPU of its own, while there are some, and its share of the cores."""
+    own = dict(os.environ)
+    if of > 1:
+        own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // of)))
+        import torch
+
+        if torch.cuda.device_count() > 1:
+            seen = own.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+            own["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)]
+    return own
+
+
 def _died(code: int) -> str:
     if code == -9:
         return "its process was killed, as the system does when memory runs out; see graft plan"
@@ -151,6 +168,7 @@ class OnRay:
         except ImportError:
             raise ConfigError("executor.kind: ray is not installed; pip install ray, or take local") from None
         self.workers = settings.workers
+        self.going: dict[Any, Unit] = {}
         self.ours = not self.ray.is_initialized()
         if self.ours:
             asked: dict[str, Any] = {"address": settings.address}
@@ -161,16 +179,28 @@ class OnRay:
                 self.ray.init(**asked, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"executor.address: {' '.join(str(error).split())}") from None
+        self._check(settings)
         options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "max_retries": 0}
         self.task = self.ray.remote(**options)(_on_ray)
-        self.going: dict[Any, Unit] = {}
+
+    def _check(self, settings: Settings) -> None:
+        """Refuse what no machine of the cluster has: such a task would wait for ever."""
+        for each in self.ray.nodes():
+            has = each["Resources"]
+            if each["Alive"] and has.get("CPU", 0) >= settings.cpus and has.get("GPU", 0) >= settings.gpus:
+                return
+        self.close()
+        raise ConfigError(
+            f"executor: no machine of the cluster has {settings.cpus:g} CPUs and {settings.gpus:g} GPUs for a run; ask "
+            "for fewer"
+        )
 
     @property
     def free(self) -> int:
         return self.workers - len(self.going)
 
     def start(self, unit: Unit) -> None:
-        self.going[self.task.remote(unit)] = unit
+        self.going[self.task.remote(unit, os.getcwd())] = unit
 
     def next(self) -> tuple[Unit, Row]:
         (done,), _ = self.ray.wait(list(self.going), num_returns=1)
@@ -178,7 +208,8 @@ class OnRay:
         try:
             return unit, self.ray.get(done)
         except self.ray.exceptions.RayError as error:
-            return unit, {"status": "lost", "why": f"Ray lost it ({type(error).__name__})"}
+            why = " ".join(str(getattr(error, "cause", None) or error).split())[:200]
+            return unit, {"status": "lost", "why": f"Ray lost it ({type(error).__name__}: {why})"}
 
     def close(self) -> None:
         for task in self.going:
@@ -191,9 +222,10 @@ class OnRay:
 _worker: Any = None
 
 
-def _on_ray(unit: Unit) -> Row:
-    """A unit in a process of Ray's, which keeps the base for the next one."""
+def _on_ray(unit: Unit, folder: str) -> Row:
+    """A unit in a process of Ray's, which keeps the base for the next one; `folder`: where relative paths begin."""
     global _worker
+    os.chdir(folder)
     from graft.compare.work import Worker
 
     _worker = _worker or Worker()

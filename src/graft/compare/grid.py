@@ -71,7 +71,10 @@ def _entry(label: str, given: Any, settings: Compare) -> Entry:
     own = validated(Own, asked, where, "method")
     if isinstance(given, dict):
         given = {key: value for key, value in given.items() if key not in asked}
-    lrs = own.lrs or ((settings.train.lr,) if settings.search.kind == "none" else settings.search.lrs)
+    rate = own.train.get("lr", settings.train.lr)
+    lrs = own.lrs or ((rate,) if settings.search.kind == "none" or "lr" in own.train else settings.search.lrs)
+    if settings.search.kind == "none" and len(lrs) > 1:
+        raise ConfigError(f"{where}.lrs: search.kind is none, so give one rate, not {list(lrs)}")
     other = {key: value for key in ("precision", "peft_compat") if (value := getattr(own, key)) is not None}
     entry = Entry(label, "method", given, lrs, own.train, other)
     try:
@@ -81,13 +84,24 @@ def _entry(label: str, given: Any, settings: Compare) -> Entry:
     return dataclasses.replace(entry, method=run.method.to_dict())
 
 
-def run_of(entry: Entry, settings: Compare, *, lr: float | None, seed: int, steps: int | None, output: str) -> Run:
-    """The run of an entry with a rate and a seed; `steps`: fewer than the comparison's, for a trial."""
+def run_of(
+    entry: Entry,
+    settings: Compare,
+    *,
+    lr: float | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    whole: int | None = None,
+    output: str = "",
+) -> Run:
+    """The run of an entry with a rate and a seed; `steps`: fewer than its `whole` number, for a trial."""
     train = settings.train.model_dump(mode="json") | dict(entry.train)
     if lr is not None:
         train["lr"] = lr
     if steps is not None:
         train |= {"max_steps": steps, "eval_every": steps, "save_every": steps, "keep_best": None}
+        if train["warmup"] >= 1 and whole is not None:
+            train["warmup"] = train["warmup"] / whole  # the same share of a shorter run
     data = settings.data.model_dump(mode="json")
     if not isinstance(settings.data.eval, str) and settings.data.eval_seed is None:
         data["eval_seed"] = settings.all_seeds[0]  # one split for all
@@ -111,13 +125,15 @@ class Grid:
 
     Args:
         settings: of the comparison.
-        hashes: of the content of its data, by what it is for.
-        steps: of a run on the whole budget.
+        facts: what else decides a result: hashes of the base and of the data, the kind of device.
+        steps: of a run on the whole budget, by the entry's label.
     """
 
-    def __init__(self, settings: Compare, hashes: Mapping[str, str], steps: int) -> None:
-        self.settings, self.hashes, self.steps = settings, dict(hashes), steps
-        self.folder = Path(settings.output).expanduser()
+    def __init__(self, settings: Compare, facts: Mapping[str, str], steps: Mapping[str, int]) -> None:
+        self.settings, self.facts, self.steps = settings, dict(facts), steps
+        self.folder = Path(settings.output).expanduser().absolute()
+        self.random_head = False
+        """Whether the bare base answers by a head that no checkpoint has."""
 
     def trial(self, entry: Entry, lr: float, steps: int) -> Unit:
         """A short run of the search: one rate on part of the budget."""
@@ -134,17 +150,18 @@ class Grid:
     def _unit(self, kind: str, entry: Entry, lr: float | None, seed: int, steps: int | None) -> Unit:
         settings = self.settings
         base = entry if entry.kind == "method" else Entry(entry.label, entry.kind, "lora")
-        run = run_of(base, settings, lr=lr, seed=seed, steps=steps, output="").model_dump(mode="json")
+        whole = self.steps.get(entry.label)
+        run = run_of(base, settings, lr=lr, seed=seed, steps=steps, whole=whole).model_dump(mode="json")
         if entry.kind != "method":
             del run["method"]
         measure = self._measure(kind)
-        asked = {"kind": kind, "run": run, "measure": measure, "data": self.hashes}
+        asked = {"kind": kind, "run": run, "measure": measure, "facts": self.facts}
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
         parts = [f"lr{lr:g}" if lr is not None else "", f"seed{seed}", f"steps{steps}" if steps else "", digest]
-        place = self.folder / RUNS / _slug(entry.label) / "-".join(part for part in parts if part)
+        place = self.folder / RUNS / slug(entry.label) / "-".join(part for part in parts if part)
         if "method" in run:
             run["output"] = str(place / "run")
-        unit = {"kind": kind, "label": entry.label, "lr": lr, "seed": seed, "steps": steps or self.steps}
+        unit = {"kind": kind, "label": entry.label, "lr": lr, "seed": seed, "steps": steps or whole or 0}
         return unit | {"run": run, "measure": measure, "folder": str(place)}
 
     def _measure(self, kind: str) -> dict[str, Any]:
@@ -172,7 +189,7 @@ def read_row(unit: Unit) -> Row | None:
         raise ConfigError(f"{file}: cannot be read ({error}); remove it, and its run is done again") from None
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
     """A label as the name of a folder; two labels never share one."""
     plain = "".join(letter if letter.isalnum() or letter in "-_.=" else "_" for letter in label).strip(".")
     return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"

@@ -14,12 +14,12 @@ from graft.train.result import peak_bytes
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def reset() -> None:
+def reset(device: torch.device) -> None:
     """Begin to count."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError):  # glibc: what earlier runs left goes back to the system
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):

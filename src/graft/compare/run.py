@@ -7,40 +7,32 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from graft import base
-from graft.compare import after
+from graft.compare.before import checked, facts_of, fits, metrics_of
 from graft.compare.book import FOUND, Book
 from graft.compare.executors import LOST, Executor, opened
-from graft.compare.grid import ROW, RUNS, Entry, Grid, Row, Unit, entries, read_row, run_of
+from graft.compare.grid import ROW, RUNS, Entry, Grid, Row, Unit, entries, read_row
 from graft.compare.matrix import make_matrix, run_matrix
 from graft.compare.report import write_report
 from graft.compare.search import Chosen, Flow, flow
-from graft.compare.settings import Compare
+from graft.compare.settings import Compare, Icl
 from graft.compare.table import terminal
-from graft.disk import LOCK, locked, write_text
-from graft.errors import ConfigError, GraftError
-from graft.evaluate import metrics as measures
-from graft.evaluate.general import documents
-from graft.evaluate.run import default_metrics
-from graft.planning.gate import check_room
+from graft.disk import LOCK, PARTIAL, locked, write_text
+from graft.errors import ConfigError
 from graft.settings import read_yaml
-from graft.train.config import Run
 from graft.train.folder import undone
 from graft.train.run import Interrupted
-from graft.train.setup import Data, check_data, check_settings, read_data, schedule_of, template_for
+from graft.train.setup import schedule_of
 
 MATRIX = "matrix"
-QUALITY = ("accuracy", "bleu", "loss")
-"""What is compared where the user names no metric: the first that fits the rows."""
+"""Of a comparison's folder: what `graft compare --matrix` wrote."""
 
 
 def compare(settings: Compare, retry: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -61,20 +53,18 @@ def compare(settings: Compare, retry: bool = False, console: Console | None = No
     console = console or Console()
     folder = _folder(settings)
     lines = entries(settings)
-    run, data, rows = _checked(settings, lines)
-    chosen = settings.model_copy(update={"metrics": _metrics(settings, rows, run)})
-    schedule = schedule_of(run, data)
-    hashes = data.hashes | ({"test": _hash(rows)} if settings.test is not None else {})
-    if settings.forgetting is not None:
-        hashes["forgetting"] = hashlib.sha256("\0".join(documents(settings.forgetting)).encode()).hexdigest()
-    grid = Grid(chosen, hashes, schedule.steps)
+    run, data, rows = checked(settings)
+    chosen = settings.model_copy(update={"metrics": metrics_of(settings, rows, data.template)})
+    steps, unfit = fits(lines, chosen, data, folder)
+    grid = Grid(chosen, facts_of(settings, run, data, rows), steps)
+    grid.random_head = data.template.mode == "classification" and _icl(settings).template is None
     with undone(folder), locked(folder):
         book = Book(chosen, lines, folder, console)
-        book.facts(run, data, schedule, len(rows))
-        flows = {entry.label: flow(entry, grid) for entry in lines}
-        for entry, why in _unfit(lines, chosen, run, data):
-            flows.pop(entry.label).close()
-            book.end(entry, Chosen(None, [{"status": "skipped", "why": why}]))
+        book.facts(run, data, schedule_of(run, data), len(rows))
+        flows = {entry.label: flow(entry, grid) for entry in lines if entry.label not in unfit}
+        for entry in lines:
+            if entry.label in unfit:
+                book.end(entry, Chosen(None, [{"status": "skipped", "why": unfit[entry.label]}]))
         if retry:
             _forget_bad(folder)
         try:
@@ -183,58 +173,13 @@ def _folder(settings: Compare) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file; name a folder")
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / FOUND).is_file()
-    if strange and {item.name for item in folder.iterdir()} - {RUNS, LOCK, MATRIX}:
+    if strange and {item.name for item in folder.iterdir()} - {RUNS, LOCK, MATRIX, FOUND + PARTIAL}:
         raise ConfigError(f"output: {folder} holds something else than a comparison; take another folder")
     return folder
 
 
-def _checked(settings: Compare, lines: Sequence[Entry]) -> tuple[Run, Data, list[Any]]:
-    """The run that stands for all, its data, and the rows of the test; what is wrong with them is said once, here."""
-    entry = next(entry for entry in lines if entry.kind == "method")
-    run = run_of(entry, settings, lr=entry.lrs[0], seed=settings.all_seeds[0], steps=None, output=settings.output)
-    base.check(run.precision, run.device)
-    tokenizer, config = base.load_tokenizer(run.base), base.load_config(run.base)
-    data = read_data(run, tokenizer, config)
-    check_data(run, data)
-    if len(data.names) > 1:
-        raise ConfigError(f"data: its rows name {len(data.names)} adapters; a comparison is of one task")
-    columns = {"test_split": settings.test_split, "test_columns": settings.test_columns}
-    rows = after.test_rows(run, {"test": settings.test, "test_limit": settings.test_limit, **columns})
-    template = template_for(run, tokenizer, config).fit(rows, tokenizer)
-    _metrics(settings, rows, run)
-    if template.task is not None:
-        for row in rows:
-            template.task.answer(row)
-    return run, data, rows
-
-
-def _metrics(settings: Compare, rows: Sequence[Any], run: Run) -> tuple[str, ...]:
-    """The metrics; the first is the quality."""
-    if settings.metrics is not None:
-        return tuple(measures.known_metrics(settings.metrics))
-    template = template_for(run, base.load_tokenizer(run.base), base.load_config(run.base))
-    fit = default_metrics(rows, template)
-    first = next(name for name in QUALITY if name in fit)
-    return (first, *(name for name in fit if name != first))
-
-
-def _unfit(lines: Sequence[Entry], settings: Compare, run: Run, data: Data) -> Iterator[tuple[Entry, str]]:
-    """Methods that this base cannot take, and why; the others go on."""
-    tokenizer, config = base.load_tokenizer(run.base), base.load_config(run.base)
-    for entry in lines:
-        if entry.kind != "method":
-            continue
-        asked = run_of(entry, settings, lr=entry.lrs[0], seed=0, steps=None, output=settings.output)
-        try:
-            check_settings(asked, tokenizer, config)
-            check_room(asked, config, tokenizer, data, force=False, console=Console(quiet=True))
-        except GraftError as error:
-            yield entry, str(error).removesuffix("; or --force tries it all the same")
-
-
-def _hash(rows: Sequence[Any]) -> str:
-    text = json.dumps([[row.index, dict(row.fields)] for row in rows], default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _icl(settings: Compare) -> Icl:
+    return settings.baselines.icl if isinstance(settings.baselines.icl, Icl) else Icl()
 
 
 def _forget_bad(folder: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graft.compare.grid import Entry, Grid, Row, Unit
-from graft.compare.settings import ICL, Search
+from graft.compare.settings import BASE, Search
 
 Flow = Generator[list[Unit], list[Row], "Chosen"]
 """Yields units that may run at once, is sent their rows in that order, and returns what came of the entry."""
@@ -55,24 +55,33 @@ def flow(entry: Entry, grid: Grid) -> Flow:
     """The units of an entry: its search, then a run for each seed."""
     seeds = grid.settings.all_seeds
     if entry.kind != "method":
-        # The bare base answers the same with every seed.
-        rows = yield [grid.baseline(entry, seed) for seed in (seeds if entry.kind == ICL else seeds[:1])]
+        # The bare base answers the same with every seed, unless its head is random.
+        same = entry.kind == BASE and not grid.random_head
+        rows = yield [grid.baseline(entry, seed) for seed in (seeds[:1] if same else seeds)]
         return Chosen(None, rows)
     if grid.settings.search.kind == "exhaustive" and len(entry.lrs) > 1:
         return (yield from _exhaustive(entry, grid, seeds))
     tried: list[dict[str, Any]] = []
     rates = list(entry.lrs)
     if len(rates) > 1:
-        for rung, (count, steps) in enumerate(rungs(len(rates), grid.steps, grid.settings.search)):
+        for rung, (count, steps) in enumerate(rungs(len(rates), grid.steps[entry.label], grid.settings.search)):
             rates = rates[:count]
             rows = yield [grid.trial(entry, lr, steps) for lr in rates]
             tried += [_tried(row, lr, rung, steps) for row, lr in zip(rows, rates, strict=True)]
             if all(row["status"] != "ok" for row in rows):
                 return Chosen(None, [_worst(rows)], tried)
             rates = best(rates, [row.get("score") for row in rows])
-    lr = rates[0]
-    rows = yield [grid.final(entry, lr, seed) for seed in seeds]
-    return Chosen(lr, rows, tried, _edge(lr, entry.lrs))
+    first: Chosen | None = None
+    for lr in rates:  # a rate may be good for a part of the budget and fail on the whole
+        rows = yield [grid.final(entry, lr, seed) for seed in seeds]
+        found = Chosen(lr, rows, tried, _edge(lr, entry.lrs))
+        if first is not None:
+            found.note = f"{first.lr:g}, the best rate of the trials, failed on the whole budget"
+        if all(row["status"] == "ok" for row in rows) or any(row["status"] == "skipped" for row in rows):
+            return found
+        first = first or found
+    assert first is not None
+    return first
 
 
 def _exhaustive(entry: Entry, grid: Grid, seeds: Sequence[int]) -> Flow:
@@ -82,7 +91,7 @@ def _exhaustive(entry: Entry, grid: Grid, seeds: Sequence[int]) -> Flow:
     by_rate = {lr: [row for row, (rate, _) in zip(rows, asked, strict=True) if rate == lr] for lr in entry.lrs}
     scores = {lr: _mean([row.get("score") for row in found]) for lr, found in by_rate.items()}
     tried = [
-        _tried(found[0], lr, 0, grid.steps) | {"score": scores[lr], "seconds": sum(map(_seconds, found))}
+        _tried(found[0], lr, 0, grid.steps[entry.label]) | {"score": scores[lr], "seconds": sum(map(_seconds, found))}
         for lr, found in by_rate.items()
     ]
     if all(score is None for score in scores.values()):

@@ -46,9 +46,17 @@ class Own(Settings):
     lrs: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Listed] = ()
     """None: those of the search."""
     train: dict[str, Any] = {}
-    """Over the comparison's own."""
+    """Over the comparison's own; an `lr` is the only rate."""
     precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] | None = None
     peft_compat: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_say_rates(self) -> Own:
+        if len(set(self.lrs)) != len(self.lrs):
+            raise ConfigError(f"lrs: give different rates, not {list(self.lrs)}")
+        if self.lrs and "lr" in self.train:
+            raise ConfigError("lrs, train.lr: give one of them")
+        return self
 
 
 class Icl(Settings):
@@ -148,6 +156,9 @@ class Compare(Settings):
         for name in self.methods:
             if not name.strip() or name in (BASE, ICL):
                 raise ConfigError(f"methods: {name!r} cannot be a label; {BASE} and {ICL} are the baselines'")
+        given = self.methods.get(FULL, FULL)
+        if self.baselines.full and (given.get("method") if isinstance(given, dict) else given) != FULL:
+            raise ConfigError(f"methods: {FULL!r} is full fine-tuning's label; take another, or baselines.full=false")
         return self
 
     @property

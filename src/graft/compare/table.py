@@ -193,7 +193,8 @@ def summarize(compared: Compared, cost: str = "trainable", level: float = 0.05) 
     rows.sort(key=lambda row: math.inf if row.quality is None else sign * row.quality.mean)
     costs = {row.entry.label: row.values.get(cost) for row in rows}
     found = verdict(
-        {row.entry.label: groups[row.entry.label] for row in rows},  # the pairs with the best come first
+        # The pairs with the best come first; what failed with some seeds is no winner by the others.
+        {row.entry.label: groups[row.entry.label] for row in rows if row.entry.status != "partial"},
         costs,
         compared.higher_is_better,
         level,

@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from graft import base, files
 from graft.adapt import detach
 from graft.compare import after, peak
 from graft.compare.grid import ROW, Row, Unit, read_row
 from graft.compare.settings import ICL
+from graft.data.collate import pad_id
+from graft.description import values
 from graft.disk import write_text
-from graft.errors import GraftError, TrainingError
+from graft.errors import BusyError, GraftError, TrainingError
 from graft.evaluate.batches import bank_or_none
 from graft.evaluate.opening import open_base, template_of
 from graft.train.config import Run, make_run
 from graft.train.progress import read_lines
 from graft.train.result import Result
 from graft.train.run import Interrupted, train
-from graft.train.setup import rows_of, template_for
+from graft.train.setup import Data, Opened, read_data, rows_of, template_for
 
-ERROR = "error.txt"
+ERROR, PEAK = "error.txt", "peak.json"
 CURVE = ("step", "loss", "eval_loss", "eval_accuracy")
 
 
@@ -38,6 +40,7 @@ class Worker:
     def __init__(self) -> None:
         self.key: tuple[Any, ...] | None = None
         self.model: PreTrainedModel | None = None
+        self.data: tuple[str, Data] | None = None
 
     def do(self, unit: Unit) -> Row:
         """What came of the unit, read if it was done before; a run that fails is a finding and no accident.
@@ -54,14 +57,18 @@ class Worker:
             folder.mkdir(parents=True, exist_ok=True)
             row: Row = {"status": "ok", "why": None}
             row |= self._done(unit, folder)
-        except Interrupted:
+        except (Interrupted, BusyError):
             raise
         except Exception as error:
             self.forget()
             row = _failed(error, folder)
+        left = row.pop("left", None)
         row = {"kind": unit["kind"], "label": unit["label"], "lr": unit["lr"], "seed": unit["seed"]} | row
         row |= {"steps": unit["steps"], "wall_seconds": round(time.perf_counter() - start, 3), "folder": str(folder)}
-        write_text(folder / ROW, json.dumps(_plain(row), indent=2, ensure_ascii=False) + "\n")
+        row = _plain(row)
+        write_text(folder / ROW, json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+        if left is not None:  # behind the row: a kill in between would leave a run that is neither there nor done
+            shutil.rmtree(left, ignore_errors=True)
         return row
 
     def forget(self) -> None:
@@ -82,25 +89,41 @@ class Worker:
             self.forget()
         return found
 
+    def data_of(self, run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
+        """The rows as they are trained: those of the last run, if it reads the same."""
+        seed = run.seed if run.data.eval_seed is None and not isinstance(run.data.eval, str) else None
+        asked = [run.base, run.name, seed, run.method.stretch(config), run.train.keep_best]
+        key = json.dumps([*asked, run.data.model_dump(mode="json")])
+        if self.data is None or self.data[0] != key:
+            self.data = key, read_data(run, tokenizer, config)
+        return self.data[1]
+
     def _done(self, unit: Unit, folder: Path) -> Row:
         if unit["kind"] in ("base", "icl"):
             return self._untrained(unit)
         run = make_run(unit["run"])
-        tokenizer = base.load_tokenizer(run.base)
-        classify = template_for(run, tokenizer, base.load_config(run.base)).mode == "classification"
-        peak.reset()
+        place = Path(run.output)
+        if place.is_dir() and not (place / "run.yaml").is_file():
+            shutil.rmtree(place)  # a start that was killed before it began
+        tokenizer, config = base.load_tokenizer(run.base), base.load_config(run.base)
+        classify = template_for(run, tokenizer, config).mode == "classification"
         model = None if classify else self.base_of(run)
-        result = train(run, planned=True, console=Console(quiet=True), model=model)
+        if classify:
+            self.forget()
         device = base.device_of(run.device)
-        row = _trained(result) | {"peak_bytes": peak.read(device)}
+        peak.reset(device)
+        done = (place / "result.json").is_file()
+        opened = Opened(self.data_of(run, tokenizer, config), model, last_alone=unit["kind"] == "trial")
+        result = train(run, console=Console(quiet=True), opened=opened)
+        if not done:  # a start that only measures what an earlier one trained does not know the peak
+            write_text(folder / PEAK, json.dumps(peak.read(device)))
+        row = _trained(result)
+        row["peak_bytes"] = json.loads((folder / PEAK).read_text()) if (folder / PEAK).is_file() else None
         row["score"] = _score(result, unit["measure"]["metric"])
         if unit["kind"] == "trial":
-            shutil.rmtree(result.folder, ignore_errors=True)
-            return row
+            return row | {"left": result.folder}
         row |= self._measured(run, result, unit["measure"], classify, tokenizer)
-        left = result.folder if unit["measure"]["keep"] == "results" else result.folder / "checkpoints"
-        shutil.rmtree(left, ignore_errors=True)
-        return row
+        return row | {"left": result.folder if unit["measure"]["keep"] == "results" else result.folder / "checkpoints"}
 
     def _measured(
         self, run: Run, result: Result, measure: dict[str, Any], classify: bool, tokenizer: PreTrainedTokenizerBase
@@ -115,14 +138,19 @@ class Worker:
             model = self.base_of(run)
             files.load(model, result.adapter, name)
         rows, size = after.test_rows(run, measure), run.train.eval_batch_size or run.train.batch_size
-        found: Row = {"quality": after.quality(model, tokenizer, rows, template, name, measure, size)}
-        found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, name, size)
-        if measure["forgetting"] is not None and not classify:
-            found["forgetting"] = after.forgot(model, tokenizer, measure["forgetting"], name)
-        if measure["latency"]:
-            found["latency"] = after.latency(model, tokenizer, rows, template, name)
+        cut = run.data.truncate
+        found: Row = {"quality": after.quality(model, tokenizer, rows, template, name, measure, cut, size)}
         found["adapter_bytes"] = after.bytes_of(result.adapter)
-        return found | {"batch_size": size}
+        found["counts"] = {"total": values(model), "trainable": result.trainable, "saved": result.saved}
+        found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, name, size)
+        try:  # what cannot be measured beside the quality does not cost the run its quality
+            if measure["forgetting"] is not None and not classify:
+                found["forgetting"] = after.forgot(model, tokenizer, measure["forgetting"], name)
+            if measure["latency"]:
+                found["latency"] = after.latency(model, tokenizer, rows, template, name)
+        except GraftError as error:
+            found["note"] = str(error)
+        return found
 
     def _untrained(self, unit: Unit) -> Row:
         """The bare base, or the base with demonstrations; a head answers neither, so the template may be another."""
@@ -131,29 +159,30 @@ class Worker:
         asked = measure["icl"]["template"]
         if asked is not None:
             run = make_run(unit["run"] | {"data": unit["run"]["data"] | {"template": asked}})
-        template = template_for(run, tokenizer, config)
         rows, size = after.test_rows(run, measure), run.train.eval_batch_size or run.train.batch_size
-        peak.reset()
-        model = self.base_of(run, after.outputs(template, rows))
-        found: Row = {}
+        pool = rows_of(run)[0]
+        template = template_for(run, tokenizer, config).fit([*pool, *rows], tokenizer)
+        set_seed(run.seed)  # for a head that no checkpoint has
+        model = self.base_of(run, len(template.label_names) if template.mode == "classification" else None)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = pad_id(tokenizer)
+        peak.reset(model.device)
         if unit["kind"] == ICL:
-            found |= after.few_shots(model, tokenizer, rows, rows_of(run)[0], template, measure, unit["seed"], size)
+            found = after.few_shots(model, tokenizer, rows, pool, template, measure, unit["seed"], size)
         else:
-            found["quality"] = after.quality(model, tokenizer, rows, template, None, measure, size)
+            cut = run.data.truncate
+            found = {"quality": after.quality(model, tokenizer, rows, template, None, measure, cut, size)}
             found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, None, size)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        found["counts"] = {"total": total, "trainable": 0, "saved": 0}
-        return found | {"peak_bytes": peak.read(model.device), "batch_size": size}
+        found["counts"] = {"total": values(model), "trainable": 0, "saved": 0}
+        return found | {"peak_bytes": peak.read(model.device)}
 
 
 def _trained(result: Result) -> Row:
     stored = json.loads((result.folder / "result.json").read_text(encoding="utf-8"))
     lines = read_lines(result.folder / "metrics.jsonl")
-    counts = stored["counts"]
     seconds = result.metrics.get("step_seconds")
     return {
-        "counts": {"total": counts["base"], "trainable": counts["trainable"], "saved": counts["saved"]},
-        "batch_size": result.run.train.batch_size,
+        "batch_size": result.run.train.batch_size * result.run.train.accumulate,
         "training_its": 1 / seconds if seconds else None,
         "training": result.metrics,
         "seconds": result.seconds,
@@ -170,6 +199,8 @@ def _score(result: Result, metric: str | None) -> float:
         if "eval_accuracy" not in metrics:
             raise TrainingError("search.metric: accuracy is for classification heads; leave it out")
         return metrics["eval_accuracy"] - 1e-6 * metrics["eval_loss"]  # equal accuracies are told apart by the loss
+    if not math.isfinite(metrics["eval_loss"]):
+        raise TrainingError("the evaluation loss is not finite; lower the rate")
     return -metrics["eval_loss"]
 
 

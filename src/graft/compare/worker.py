@@ -35,6 +35,8 @@ def main() -> None:
             row = {"status": INTERRUPTED, "why": None}
         out.write(json.dumps(row) + "\n")
         out.flush()
+        if row["status"] == INTERRUPTED:
+            os._exit(0)
 
 
 def _listen(lines: TextIO, units: queue.SimpleQueue[str]) -> None:

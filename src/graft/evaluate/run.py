@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,10 +230,20 @@ def _check(model: Any, rows: Sequence[Row], templates: Sequence[Template], needs
     modes = {template.mode for template in templates}
     if len(modes) > 1:
         raise ConfigError(f"the templates have different modes ({', '.join(sorted(modes))}); evaluate them apart")
-    mode, where = modes.pop(), rows[0].source
+    mode = modes.pop()
     if mode != "classification" and roles.is_encoder_decoder(model) != (mode == "seq2seq"):
         other = "seq2seq" if mode == "causal" else "causal"
         raise ConfigError(f"{type(model).__name__} needs a template of mode '{other}', not '{mode}'")
+    check_rows(rows, mode, needs)
+
+
+def check_rows(rows: Sequence[Row], mode: str, needs: Collection[str]) -> None:
+    """Refuse metrics that these rows cannot have in a template's mode; `needs`: of `metrics.NEEDS`.
+
+    Raises:
+        ConfigError, DataError: one of them.
+    """
+    where = rows[0].source
     if mode == "classification" and "text" in needs:
         raise ConfigError("a classification head writes no text; take loss, accuracy and macro_f1")
     if "label" in needs and rows[0].form != "label":

@@ -38,6 +38,7 @@ from graft.train.result import Result, peak_bytes, read_result, result_dict
 from graft.train.schedule import Schedule, rate, warmup_steps
 from graft.train.setup import (
     Data,
+    Opened,
     check_data,
     check_settings,
     length,
@@ -63,11 +64,9 @@ def train(
     *,
     fresh: bool = False,
     force: bool = False,
-    planned: bool = False,
     console: Console | None = None,
     callbacks: Sequence[Any] = (),
-    model: PreTrainedModel | None = None,
-    shared: Path | None = None,
+    opened: Opened | None = None,
 ) -> Result:
     """Train what `run` describes; the same call goes on where it was stopped, and a finished run is not trained again.
 
@@ -75,11 +74,9 @@ def train(
         run: the settings (`load_run`).
         fresh: start over in a new folder (`<output>-2`, ...).
         force: train also where more memory is predicted than there is.
-        planned: the caller knows that it fits: nothing is predicted.
         console: where the data report and the progress go; None: the terminal. `Console(quiet=True)` is silent.
         callbacks: further `transformers.TrainerCallback`s.
-        model: the run's base, loaded before and without the run's adapters; they stay attached. None: it is loaded.
-        shared: a folder in which runs find what frozen blocks made of a text (see `open_trunk`).
+        opened: what the caller has loaded and read of it; nothing is predicted then.
 
     Raises:
         ConfigError: settings that cannot be, or other ones than the folder was begun with; or another process trains
@@ -94,7 +91,7 @@ def train(
         console.print(f"{folder} is finished; --fresh starts over in a new folder", highlight=False, soft_wrap=True)
         return read_result(run, folder)
     with undone(folder), locked(folder):
-        return _train(run, folder, console, callbacks, None if planned else force, model, shared)
+        return _train(run, folder, console, callbacks, force, opened)
 
 
 def data_report(run: Run) -> Report:
@@ -115,9 +112,8 @@ def _train(
     folder: Path,
     console: Console,
     callbacks: Sequence[Any],
-    force: bool | None,
-    model: PreTrainedModel | None,
-    shared: Path | None,
+    force: bool,
+    opened: Opened | None,
 ) -> Result:
     from graft.planning.gate import check_room  # it plans by this folder's own settings and rows
 
@@ -125,24 +121,26 @@ def _train(
     tokenizer = base.load_tokenizer(run.base)
     check_settings(run, tokenizer, config)
     autocast = _autocast(run)
-    data = read_data(run, tokenizer, config)
+    data = read_data(run, tokenizer, config) if opened is None else opened.data
     resumed = begun(folder, data)
     if not resumed:
         console.print(data.report.table())
     check_data(run, data)
-    if force is not None and not resumed:
+    if opened is None and not resumed:
         check_room(run, config, tokenizer, data, force=force, console=console)
     schedule = schedule_of(run, data)
     warmup = warmup_steps(run.train.warmup, schedule.steps)
     set_seed(run.seed)
-    model = open_model(run, data, tokenizer, model)
+    model = open_model(run, data, tokenizer, None if opened is None else opened.model)
     with _quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
+        if opened is not None and opened.last_alone:
+            trainer.args.eval_on_start = False
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         if run.data.general is not None:
             trainer.guard = Guard(run, model, tokenizer, folder / "checkpoints", data.names)
         rows, times = _evaluations(run, data, schedule)
-        with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder, shared) as trainer.trunk:
+        with open_trunk(model, run.train.trunk_cache, schedule, rows, times, folder) as trainer.trunk:
             if run.train.compile:
                 trainer.compiled = Compiled(model, () if trainer.trunk is None else trainer.trunk.modules)
             with contextlib.nullcontext() if trainer.guard is None else trainer.guard.tried():
@@ -341,7 +339,8 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
         found |= {
             key: kept[key] for key in ("eval_loss", "eval_accuracy", "forgetting_kl", "general_loss") if key in kept
         }
-        found["eval_loss_before"] = evaluated[0]["eval_loss"]
+        if evaluated[0]["step"] == 0:
+            found["eval_loss_before"] = evaluated[0]["eval_loss"]
         if "general_loss" in kept:
             found["general_loss_before"] = evaluated[0]["general_loss"]
         if trainer.guard is not None and trainer.guard.stopped:
@@ -368,5 +367,6 @@ def _summary(result: Result) -> str:
     metrics = result.metrics
     loss = f"loss {metrics['loss']:.4f}, " if "loss" in metrics else ""
     if "eval_loss" in metrics:
-        loss += f"evaluation loss {metrics['eval_loss']:.4f} ({metrics['eval_loss_before']:.4f} before), "
+        before = f" ({metrics['eval_loss_before']:.4f} before)" if "eval_loss_before" in metrics else ""
+        loss += f"evaluation loss {metrics['eval_loss']:.4f}{before}, "
     return f"{loss}{result.seconds:.0f} s; the adapter is in {result.adapter}"

@@ -53,6 +53,21 @@ class Data:
     max_length: int
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a caller has at hand of a run that it knows to fit the machine.
+
+    Attributes:
+        data: what `read_data` gives for the run.
+        model: the base without the run's adapters, which stay attached; None: it is loaded.
+        last_alone: evaluate at the end and not before the first step.
+    """
+
+    data: Data
+    model: PreTrainedModel | None = None
+    last_alone: bool = False
+
+
 def check_settings(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Refuse what the settings and the base's config alone can tell: no row and no weight is read.
 
