@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from graft.adapt import detach
-from graft.base import load_base, load_tokenizer
+from graft.base import identity, load_base, load_tokenizer
 from graft.compare.cells import summary
 from graft.compare.matrix_page import write_page
 from graft.data.rows import Row, load_rows
@@ -116,6 +116,8 @@ class _Sets:
     tests: dict[str, list[Row]]
     left_out: dict[str, int]
     digest: str
+    bases: dict[str, str]
+    """What each base holds: see `identity`."""
 
 
 def load_matrix(path: str | Path) -> MatrixSettings:
@@ -311,7 +313,7 @@ def _sets(settings: MatrixSettings) -> _Sets:
     draw(apart, settings.shots, balanced=settings.balanced)
     content = [[[row.index, dict(row.fields)] for row in rows] for rows in (apart, *tests.values())]
     digest = hashlib.sha256(json.dumps([content, list(tests)], default=str).encode()).hexdigest()
-    return _Sets(template, patterns, apart, tests, left, digest)
+    return _Sets(template, patterns, apart, tests, left, digest, {base: identity(base) for base in settings.bases})
 
 
 def _check_words(template: Template, rows: Sequence[Row]) -> None:
@@ -323,8 +325,9 @@ def _check_words(template: Template, rows: Sequence[Row]) -> None:
 def _file_name(settings: MatrixSettings, sets: _Sets, base: str, approach: str, pattern: int, seed: int) -> str:
     """Readable, and with a hash of all that the result depends on."""
     arm = settings.methods.get(approach)
-    depends = [sets.digest, base, approach, seed, one_pattern(sets.template, pattern).to_dict(), settings.precision]
+    depends: list[Any] = [sets.digest, sets.bases[base], approach, seed, settings.precision]
     depends += [
+        one_pattern(sets.template, pattern).to_dict(),
         None if approach == ZERO else [settings.shots, settings.balanced],
         approach == ICL and settings.calibrated,
     ]
