@@ -141,9 +141,7 @@ def fitting(
     def fits(count: int) -> bool:
         return lengths(count, [rows[longest]])[0] <= limit
 
-    wanted: Any = shots
-    if shots == "fit":
-        wanted = _most(pool, limit if most is None else min(most, limit), seed, balanced)
+    wanted: Any = _most(pool, min(most or limit, limit), seed, balanced) if shots == "fit" else shots
     drawn = draw(pool, wanted, seed, balanced=balanced)
     low = _highest(fits, len(drawn)) if shots == "fit" or not fits(len(drawn)) else len(drawn)
     while low >= 0 and max(lengths(low, rows)) > limit:
