@@ -16,7 +16,7 @@ import graft
 from graft.base import load_base, load_tokenizer
 from graft.cli import app
 from graft.data.rows import load_rows
-from graft.errors import ConfigError
+from graft.errors import ConfigError, DataError
 from graft.evaluate.forgetting import forgetting
 from graft.evaluate.general import pieces
 from graft.evaluate.run import evaluate
@@ -149,6 +149,31 @@ def test_what_has_no_dial_or_cannot_be_stored(trained: Callable[..., Path], plac
         dial(trained("bare", PLAIN, general=None), console=SILENT)
     with pytest.raises(ConfigError, match="scales: give different"):
         Dial(scales=(1.0, 1.0))
+
+
+def test_each_adapter_has_its_own_rows(trained: Callable[..., Path], place: Path) -> None:
+    """Of a run with two, and only while the data are what they were."""
+    lines = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    mixed = "".join(json.dumps({**row, "adapter": "ab"[n % 3 == 0]}) + "\n" for n, row in enumerate(lines))
+    (place / "mixed.jsonl").write_text(mixed)
+    folder = trained("two", PLAIN, train=str(place / "mixed.jsonl"))
+    opened = open_run(folder)
+    assert opened.names == ("a", "b")
+    held = opened.rows()
+    own = [row for row in held if row.adapter == "b"]
+    assert 0 < len(own) < len(held) and opened.rows(adapter="b") == own
+    source = load_rows(str(place / "mixed.jsonl"))
+    assert opened.rows(str(place / "mixed.jsonl"), 3, "b") == [row for row in source if row.adapter == "b"][:3]
+    assert opened.rows(str(place / "rows.jsonl"), 3, "b") == load_rows(str(place / "rows.jsonl"))[:3]
+    found = dial(folder, Dial(scales=(0.0, 1.0), tokens=64, adapter="b"), console=SILENT)
+    template, model = opened.opened.templates["b"], opened.opened.model
+    right = evaluate(model, opened.opened.tokenizer, own, template, ["b"], ["loss"])["b"]["loss"]
+    assert found["rows"] == len(own) and found["points"][1]["score"] == pytest.approx(right, rel=1e-5)
+    with pytest.raises(DataError, match="no row is of adapter 'c'"):
+        opened.rows(str(place / "mixed.jsonl"), adapter="c")
+    (place / "mixed.jsonl").write_text(mixed + mixed.splitlines(keepends=True)[0])
+    with pytest.raises(ConfigError, match=r"data\.train: the content changed since .*two was begun"):
+        dial(folder, Dial(adapter="b"), console=SILENT)
 
 
 def test_other_tasks_before_and_after(trained: Callable[..., Path], place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import shutil
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -223,6 +224,68 @@ def test_a_method_that_cannot_is_skipped_by_name(settings: Build, tmp_path: Path
     assert "far_too_long" in (tmp_path / "matrix.html").read_text()
 
 
+def shorter(folder: Path, context: int) -> str:
+    """A base that takes so many tokens."""
+    tiny("llama", **{**IDS, "max_position_embeddings": context}).save_pretrained(folder / "small")
+    load_tokenizer("embedded").save_pretrained(folder / "small")
+    return str(folder / "small")
+
+
+def test_a_base_that_cannot_hold_the_examples_stops_no_other(folder: Path, settings: Build, tmp_path: Path) -> None:
+    methods = {"lora": {"method": "lora", "train": {"max_steps": 1}}}
+    bases = [shorter(tmp_path, 30), str(folder / "llama")]
+    found = run_matrix(settings(bases=bases, methods=methods, patterns=[0]), tmp_path / "out", SILENT)
+    assert [(each["base"], each["approach"]) for each in found["failed"]] == [("small", "icl")] * 2  # two seeds
+    there = {(entry["base"], entry["approach"]) for entry in found["accuracies"]}
+    assert there == {("small", "zero_shot"), ("small", "lora")} | {
+        ("llama", approach) for approach in ("zero_shot", "icl", "icl_calibrated", "lora")
+    }
+    assert sum("Skipped: icl on small" in note and "demonstrations" in note for note in found["notes"]) == 1
+    alone = settings(bases=[shorter(tmp_path, 4)], methods=methods, seeds=1, patterns=[0])
+    with pytest.raises(DataError, match="the context has 4"):
+        run_matrix(alone, tmp_path / "none", SILENT)
+    assert not list((tmp_path / "none").glob("matrix.*"))
+
+
+def test_without_fine_tuning_there_is_no_picture(settings: Build, tmp_path: Path) -> None:
+    few = {"max_steps": 1}
+    methods = {"far_too_long": {"method": {"method": "prompt_tuning", "length": 500}, "train": few}}
+    for kind in ("png", "svg"):
+        (tmp_path / f"matrix.{kind}").write_text("of an earlier call")
+    found = run_matrix(settings(methods=methods, seeds=1, patterns=[0]), tmp_path, SILENT)
+    assert found["cells"] == [] and any("There is no cell" in note for note in found["notes"])
+    assert not list(tmp_path.glob("matrix.png")) and not list(tmp_path.glob("matrix.svg"))
+    assert "There is no cell" in (tmp_path / "matrix.html").read_text()
+
+
+def test_all_approaches_choose_among_the_words_of_the_pool(folder: Path, settings: Build, tmp_path: Path) -> None:
+    """Also where a set has one label, and the template names no words."""
+    goods = [line for line in (folder / "far.jsonl").read_text().splitlines(keepends=True) if '"good"' in line]
+    (tmp_path / "goods.jsonl").write_text("".join(goods))
+    few = {"lora": {"method": "lora", "train": {"max_steps": 1}}}
+    tests = {"goods": {"source": str(tmp_path / "goods.jsonl"), "out_of_domain": True}}
+    template = {key: value for key, value in TEMPLATE.items() if key != "verbalizer"}
+    made = settings(methods=few, tests=tests, template=template, seeds=1, patterns=[0])
+    run_matrix(made, tmp_path / "out", SILENT)
+    for file in (tmp_path / "out" / "results").iterdir():
+        for chosen in json.loads(file.read_text())["chosen"].values():
+            assert list(chosen["goods"]) == ["bad", "good"]
+    odd = {"text": "the cat is odd", "label": "odd"}
+    (tmp_path / "goods.jsonl").write_text("".join(goods) + json.dumps(odd) + "\n")
+    with pytest.raises(DataError, match="row 5: label 'odd' has no word"):
+        run_matrix(made, tmp_path / "odd", SILENT)
+    assert not (tmp_path / "odd").exists(), "nothing may have run"
+
+
+def test_another_base_at_the_same_place_makes_new_results(folder: Path, settings: Build, tmp_path: Path) -> None:
+    shutil.copytree(folder / "llama", tmp_path / "llama")
+    made, names = settings(bases=[str(tmp_path / "llama")]), []
+    for spread in (0.2, 0.2, 0.1):
+        tiny("llama", **IDS, initializer_range=spread).save_pretrained(tmp_path / "llama")
+        names.append(matrix._file_name(made, matrix._sets(made), made.bases[0], "icl", 0, 0))
+    assert names[0] == names[1] != names[2]
+
+
 # ------------------------------------------------------------------------------------------------- what is said
 
 
@@ -348,5 +411,5 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
     file.write_text("base: embedded")
     with pytest.raises(ConfigError, match="no key 'matrix'"):
         load_matrix(file)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         load_matrix(tmp_path / "none.yaml")

@@ -16,7 +16,8 @@ from graft.base import load_tokenizer
 from graft.errors import ConfigError, DataError
 from graft.evaluate.forgetting import Forgetting, forgetting
 from graft.evaluate.general import pieces
-from graft.fast import cross_entropy
+from graft.fast import cross_entropy, kl
+from graft.fast.loss import Outputs
 from graft.methods.bottleneck import Bottleneck
 from graft.methods.full import FullFineTuning
 from graft.methods.lora import LoRA
@@ -123,6 +124,39 @@ def test_a_head_that_is_not_known_takes_whole_logits(tokenizer: Any, method: Any
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1.0)
     (got,) = forgetting(model, tokenizer, texts(), ["0"])
     assert same(got, dense(model, tiny("llama").double(), texts(), "0", False))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_measuring_leaves_the_head_as_it_was(tokenizer: Any, own: bool) -> None:
+    """A forward of its own would be somebody's patch, which faster paths refuse."""
+    model = shaken(tiny("llama"), FullFineTuning())
+    if own:
+        model.lm_head.forward = mine = lambda x: nn.Linear.forward(model.lm_head, x)
+    before = dict(model.lm_head.__dict__)
+    (got,) = forgetting(model, tokenizer, texts(), ["0"])
+    assert got.kl > 0 and model.lm_head.__dict__.keys() == before.keys()
+    if own:
+        assert model.lm_head.forward is mine
+
+
+def test_the_second_forward_of_a_chunk_knows_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoint` keeps the random state of the devices of the tensors that it is given, so one must be."""
+    given: list[Any] = []
+
+    def noted(part: Any, *args: Any, **more: Any) -> Tensor:
+        given.extend(arg for arg in args if isinstance(arg, Tensor) and arg.device == target_N.device)
+        return part(*args)
+
+    monkeypatch.setattr(kl, "checkpoint", noted)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "LEAST_ROWS", 8)
+    target_N, logits_NV = torch.arange(9), torch.randn(9, 11, generator=torch.Generator().manual_seed(0))
+    sides = [Outputs(target_N, 11, lambda where, by=by: by * logits_NV[where]) for by in (1.0, 2.0)]
+    expected = nn.functional.kl_div(
+        (2 * logits_NV).log_softmax(-1), logits_NV.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    assert float(kl.kl_sum(*sides)) == pytest.approx(float(expected), rel=1e-5)
+    assert sum(map(len, given)) == 9 and len(given) == 3
 
 
 def test_chunks_never_hold_the_logits_of_a_batch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 import graft
 from graft.base import load_base
+from graft.data.encode import Example
 from graft.data.rows import Row
 from graft.data.template import Template
 from graft.errors import ConfigError, DataError
 from graft.evaluate import icl, prefix
+from graft.evaluate import shots as drawing
 from graft.evaluate.generate import Decoding, generate
-from graft.evaluate.icl import LabelScores, few_shot, label_scores, one_pattern
+from graft.evaluate.icl import LabelScores, few_shot, label_scores, one_pattern, with_words
 from graft.evaluate.metrics import bleu
 from graft.evaluate.shots import draw, fitting, with_shots
 
@@ -212,7 +215,7 @@ def test_bfloat16_shares_too(tokenizer: PreTrainedTokenizerBase, pool: list[Row]
 def test_calibration_by_hand() -> None:
     scores = LabelScores(["a", "b", "c"], torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04]]).log(), None)
     assert scores.chosen() == ["a", "a"]
-    prior = LabelScores(scores.words, scores.log_NC, torch.tensor([0.6, 0.3, 0.1]))
+    prior = LabelScores(scores.words, scores.log_NC, torch.tensor([[0.6, 0.3, 0.1]] * 2))
     assert prior.chosen(calibrated=True) == ["c", "a"]  # .5/.6, .3/.3, .2/.1; .9/.6, .06/.3, .04/.1
     with pytest.raises(ConfigError, match="calibrate=True"):
         scores.chosen(calibrated=True)
@@ -227,15 +230,74 @@ def test_the_prior_is_the_mean_share_without_content(
     for text in ("N/A", "[MASK]", ""):
         logs = [by_hand(model, tokenizer, f"{written(shots)}Review: {text}\nMood:", f" {w}") for w in WORDS.values()]
         shares.append(torch.tensor(logs).exp() / sum(torch.tensor(logs).exp()))
-    assert found.prior_C is not None
-    torch.testing.assert_close(found.prior_C, sum(shares) / 3, rtol=0, atol=1e-4)
-    best = (found.log_NC.exp() / found.prior_C).argmax(-1)
+    assert found.prior_NC is not None
+    for prior_C in found.prior_NC:
+        torch.testing.assert_close(prior_C, sum(shares) / 3, rtol=0, atol=1e-4)
+    best = (found.log_NC.exp() / found.prior_NC).argmax(-1)
     assert found.chosen(calibrated=True) == [found.words[int(each)] for each in best]
     asked_for = few_shot(model, tokenizer, asked, pool, MOODS, shots=3, seed=2, pattern=0, calibrate=True)
     assert asked_for.answers["base"] == found.chosen(calibrated=True)
 
 
+def test_each_pattern_has_its_own_prior(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
+    """Rows of several patterns are calibrated as they are where each pattern is asked alone."""
+    model, shots = speaking("llama"), draw(pool, 3, 2)
+    mixed = changed(seed=1)
+    used = [int(not mixed.render_prompt(row).startswith("Review: ")) for row in asked]
+    assert set(used) == {0, 1}
+    prompts = ["Review: {}\nMood:", "{} It was"]
+    front = "".join(mixed.render(row).text + "\n\n" for row in shots)
+    priors = []
+    for prompt in prompts:
+        shares = []
+        for text in ("N/A", "[MASK]", ""):
+            logs = [by_hand(model, tokenizer, front + prompt.format(text), f" {w}") for w in WORDS.values()]
+            shares.append(torch.tensor(logs).softmax(-1))
+        priors.append((sum(shares) / 3).log())
+    found = label_scores(model, tokenizer, asked, shots, mixed, calibrate=True).prior_NC
+    assert found is not None and float((priors[0] - priors[1]).abs().max()) > 0.1
+    torch.testing.assert_close(found.log(), torch.stack([priors[n] for n in used]), rtol=0, atol=1e-3)
+
+
+def test_labels_that_nothing_predicts_take_the_plain_way(tokenizer: PreTrainedTokenizerBase, asked: list[Row]) -> None:
+    """An answer that begins a text of a tokenizer without begin token, and labels that are not the last tokens."""
+    model, ids = speaking("llama"), tokenizer(" fine and really awful").input_ids
+    whole = Example(input_ids=ids, labels=list(ids), row=asked[0])
+    inside = Example(input_ids=ids, labels=[-100, *ids[1:-1], -100], row=asked[0])
+    part = Example(input_ids=ids, labels=[-100, *ids[1:]], row=asked[0])
+    for example in (whole, inside):
+        assert prefix._shared(model, tokenizer, [part, example], None, 2, None) is None
+        found = prefix.log_likelihoods(model, tokenizer, [part, example])
+        assert found == prefix.log_likelihoods(model, tokenizer, [part, example], shared=False)
+    assert prefix._shared(model, tokenizer, [part], None, 2, None) is not None
+
+
+def test_chat_is_asked_for_the_answer_alone(
+    tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]
+) -> None:
+    """Whatever was trained: with `train_on: all` the likelihood would be of the whole conversation."""
+    model = speaking("llama", max_position_embeddings=512)
+    chat = {**one_pattern(MOODS, 0).to_dict(), "kind": "chat"}
+    both = [Template.from_dict({**chat, "train_on": which}) for which in ("completion", "all")]
+    one, other = (label_scores(model, tokenizer, asked, draw(pool, 2), each) for each in both)
+    torch.testing.assert_close(one.log_NC, other.log_NC)
+
+
 # ------------------------------------------------------------------------------------------------- evaluations
+
+
+def test_words_are_those_of_the_pool_too(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
+    """Without a verbalizer and without shots a set of two labels is still a choice of three."""
+    plain = Template.from_dict({"kind": "plain", "templates": ["Mood of {text}:"]})
+    two = [row for row in asked if row.label != "none"]
+    with_three = few_shot(speaking("llama"), tokenizer, asked, pool, plain, shots=0)
+    some = few_shot(speaking("llama"), tokenizer, two, pool, plain, shots=0)
+    own = few_shot(speaking("llama"), tokenizer, two, [], plain, shots=0)
+    kept = [answer for answer, row in zip(with_three.answers["base"], asked, strict=True) if row.label != "none"]
+    assert some.answers["base"] == kept
+    named = with_words(plain, pool).task
+    assert named is not None and dict(named.verbalizer) == {"bad": "bad", "good": "good", "none": "none"}
+    assert set(own.answers["base"]) <= {"good", "bad"} and with_words(MOODS, pool) is MOODS
 
 
 def test_entries_side_by_side(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
@@ -314,7 +376,7 @@ def test_what_does_not_fit_is_refused_or_fitted(
             if all(
                 len(tokenizer(f"{written(draw(pool, count))}Review: {r.text}\nMood: {w}").input_ids) + 1 + extra <= 128
                 for r in asked
-                for w in [WORDS[str(r.label)]]
+                for w in WORDS.values()
             )
         ]
         return max(fits)
@@ -328,6 +390,52 @@ def test_what_does_not_fit_is_refused_or_fitted(
     assert len(fitting(model, tokenizer, asked, pool, template, "fit", entries=("soft",))) == most(40) < most(0)
     with pytest.raises(DataError, match="none would fit"):
         few_shot(speaking("llama", max_position_embeddings=16), tokenizer, asked, pool, template, shots=1)
+
+
+def test_a_wrong_word_must_fit_too(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
+    """The right words are short; a longer one is asked as well, and none is asked over the context."""
+    long = "really awful and of no use at all to anybody who ever saw it"
+    template = one_pattern(changed(verbalizer={**WORDS, "bad": long}), 0)
+    good = [row for row in asked if row.label == "good"]
+    goods = [row for row in pool if row.label == "good"]
+    model = speaking("llama")
+    kept = fitting(model, tokenizer, good, goods * 9, template, "fit")
+    lengths = [
+        len(tokenizer(f"{written(draw(goods * 9, len(kept) + more))}Review: {row.text}\nMood: {long}").input_ids) + 1
+        for more in (0, 1)
+        for row in good
+    ]
+    assert max(lengths[: len(good)]) <= 128 < max(lengths[len(good) :])
+    assert few_shot(model, tokenizer, good, goods * 9, template, shots="fit").shots == tuple(kept)
+    over = draw(goods * 9, len(kept) + 1)
+    for shared in (True, False):
+        with pytest.raises(DataError, match=r"row \d: 1\d\d tokens, the context has 128"):
+            label_scores(model, tokenizer, good, over, template, shared=shared)
+
+
+def test_fit_takes_no_more_than_the_most(
+    tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of a large pool it never renders much more than fits."""
+    many = [dataclasses.replace(row, index=n) for n, row in enumerate(pool * 300)]
+    rendered: list[int] = []
+
+    def counted(rows: Any, drawn: Any, template: Template) -> Any:
+        rendered.append(len(drawn) * len(rows))
+        return with_shots(rows, drawn, template)
+
+    monkeypatch.setattr(drawing, "with_shots", counted)
+    model, template = speaking("llama"), one_pattern(MOODS, 0)
+    whole = fitting(model, tokenizer, asked, many, template, "fit")
+    assert len(whole) > 4 and max(rendered) <= len(asked) * len(whole)
+    assert fitting(model, tokenizer, asked, many, template, "fit", most=4) == draw(many, 4)
+    assert fitting(model, tokenizer, asked, many, template, "fit", most=99) == whole
+    endless = copy.deepcopy(tokenizer)
+    endless.model_max_length = int(1e30)
+    assert len(fitting(speaking("bloom"), endless, asked, many, template, "fit", most=7)) == 7
+    assert len(few_shot(model, tokenizer, asked, pool, MOODS, shots="fit", most=2).shots) == 2
+    with pytest.raises(ConfigError, match="at least 1"):
+        fitting(model, tokenizer, asked, pool, template, "fit", most=0)
 
 
 def test_as_many_as_the_pool_has(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:

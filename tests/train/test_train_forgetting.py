@@ -20,13 +20,15 @@ from trainers import arguments, started
 from transformers import TrainerCallback
 
 import graft
+from graft.base import load_tokenizer
 from graft.errors import ConfigError, DataError, GraftError, TrainingError
 from graft.evaluate.forgetting import forgetting
 from graft.evaluate.opening import open_base
 from graft.fast import cross_entropy
 from graft.methods.lora import LoRA
+from graft.train import state as states
 from graft.train.config import Run
-from graft.train.forgetting import KEPT
+from graft.train.forgetting import KEPT, Guard
 from graft.train.run import Result, train
 from graft.train.trainer import GraftTrainer
 from tiny import batch
@@ -96,7 +98,8 @@ def test_stop_keeps_the_adapter_of_the_last_evaluation_within(
     assert f"the run stopped, and the adapter of step {last} (" in said.export_text()
     found, expected = tensors(held.adapter), tensors(free.folder / "checkpoints" / f"checkpoint-{last}")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert not (held.folder / "checkpoints" / "checkpoint-6").exists() and (held.folder / "checkpoints" / KEPT).exists()
+    there = {file.name for file in (held.folder / "checkpoints").iterdir()}
+    assert there == {"checkpoint-2", "checkpoint-4", f"{KEPT}2.safetensors", f"{KEPT}4.safetensors"}
     best = {**bound, "keep_best": "loss"}
     run = settings(method=chosen, data={"general": general}, train=best, output=str(tmp_path / "best"))
     assert quiet(run).metrics["kept_step"] <= last
@@ -163,6 +166,82 @@ def _dense(model: Any, inputs: dict[str, Tensor], weight: float, kind: str) -> T
     kept = target != -100
     loss = -q[kept].gather(-1, target[kept][:, None]).sum()
     return loss + weight * (p[kept].exp() * (p[kept] - q[kept])).sum()
+
+
+@pytest.fixture
+def guard(settings: Settings, general: str, tmp_path: Path) -> tuple[Guard, Any]:
+    """A guard that has measured nothing yet, and its model."""
+    run = settings(data={"general": general}, train={"max_forgetting": 0.1, "on_forgetting": "regularise"})
+    model = started("llama")
+    return Guard(run, model, load_tokenizer("embedded"), tmp_path / "kept", ["default"]), model
+
+
+def shifted(model: Any) -> dict[str, Tensor]:
+    """The adapter's tensors after a change."""
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(1.0)
+    return {key: value.clone() for key, value in states.tensors(model).items()}
+
+
+def test_a_checkpoint_has_its_own_kept_adapter(guard: tuple[Guard, Any], tmp_path: Path) -> None:
+    """Training that goes on from it may come to other evaluations than before."""
+    guarded, model = guard
+    at = {}
+    for step, saved in ((0, False), (2, True), (4, True), (6, False)):
+        at[step] = shifted(model)
+        guarded._keep(model, step)
+        if saved:
+            checkpoint = tmp_path / "kept" / f"{states.PREFIX}{step}"
+            checkpoint.mkdir()
+            guarded.write(checkpoint)
+            guarded.prune()
+    assert {file.name for file in (tmp_path / "kept").glob("*.safetensors")} == {
+        f"{KEPT}{n}.safetensors" for n in (2, 4, 6)
+    }
+    for step in (2, 4):
+        guarded.read(tmp_path / "kept" / f"{states.PREFIX}{step}")
+        shifted(model)
+        guarded.restore(model)
+        assert all(torch.equal(value, at[step][key]) for key, value in states.tensors(model).items())
+    (tmp_path / "kept" / "checkpoint-4" / "forgetting.json").write_text("{")
+    states.remove(tmp_path / "kept" / "checkpoint-2")
+    guarded.prune()
+    there = {file.name for file in (tmp_path / "kept").glob("*.safetensors")}
+    assert there == {f"{KEPT}4.safetensors"}, "what this run goes back to stays"
+
+
+def test_the_first_process_writes_what_is_kept(
+    guard: tuple[Guard, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The others wait for it before they read."""
+    guarded, model = guard
+    right = shifted(model)
+    monkeypatch.setenv("RANK", "1")
+    guarded._keep(model, 2)
+    assert guarded.kept_step == 2 and not (tmp_path / "kept").exists()
+
+    def first() -> None:
+        monkeypatch.setenv("RANK", "0")
+        states.put(model, right, "here")
+        guarded._keep(model, 2)
+        shifted(model)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", first)
+    guarded.restore(model)
+    assert all(torch.equal(value, right[key]) for key, value in states.tensors(model).items())
+
+
+def test_the_weight_has_an_end(guard: tuple[Guard, Any], caplog: pytest.LogCaptureFixture) -> None:
+    guarded, _ = guard
+    guarded.over, guarded.kl = True, 3.0
+    weights = []
+    for _ in range(20):
+        guarded.weight = guarded._next_weight(0.1)
+        weights.append(guarded.weight)
+    assert weights == [2.0 ** min(n, 10) for n in range(20)]
+    assert [record.getMessage().count("3 nats a token, over 0.1") for record in caplog.records] == [1]
 
 
 COMBINED: dict[str, dict[str, Any]] = {

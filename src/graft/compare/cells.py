@@ -113,6 +113,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
             "meets what always saying one label gets. "
             "Differences between such accuracies say nothing about the approaches."
         )
+    if not cells:
+        notes.append("There is no cell: fine-tuning or in-context learning has no result.")
     tested = [cell for cell in cells if cell["p"] is not None]
     better = [cell for cell in tested if cell["p"] < LEVEL and cell["difference"] > 0]
     worse = [cell for cell in tested if cell["p"] < LEVEL and cell["difference"] < 0]
@@ -123,6 +125,10 @@ def _notes(found: dict[str, Any]) -> list[str]:
         )
     if len(tested) < len(cells):
         notes.append(f"{len(cells) - len(tested)} cells have no test: fewer than two seeds, or no variance.")
-    for why in dict.fromkeys((each["base"], each["approach"], each["why"]) for each in found["failed"]):
-        notes.append(f"Skipped: {why[1]} on {why[0]}: {why[2]}")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in found["failed"]:
+        reasons.setdefault((each["base"], each["approach"]), []).append(each["why"])
+    for (base, approach), why in reasons.items():
+        more = len(set(why)) - 1  # rows and seeds differ in what does not fit
+        notes.append(f"Skipped: {approach} on {base}: {why[0]}" + (f" (and {more} more reasons)" if more else ""))
     return notes

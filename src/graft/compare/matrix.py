@@ -26,14 +26,14 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from graft.adapt import detach
-from graft.base import load_base, load_tokenizer
+from graft.base import identity, load_base, load_tokenizer
 from graft.compare.cells import summary
 from graft.compare.matrix_page import write_page
 from graft.data.rows import Row, load_rows
 from graft.data.template import Template
 from graft.disk import write_text
 from graft.errors import ConfigError, DataError, GraftError
-from graft.evaluate.icl import label_scores, one_pattern
+from graft.evaluate.icl import label_scores, one_pattern, with_words
 from graft.evaluate.metrics import accuracy
 from graft.evaluate.shots import draw, fitting, with_shots
 from graft.files import load
@@ -116,6 +116,8 @@ class _Sets:
     tests: dict[str, list[Row]]
     left_out: dict[str, int]
     digest: str
+    bases: dict[str, str]
+    """What each base holds: see `identity`."""
 
 
 def load_matrix(path: str | Path) -> MatrixSettings:
@@ -151,7 +153,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
         What `matrix.json` holds: see `cells.summary`.
 
     Raises:
-        ConfigError, DataError: settings or rows that cannot be used.
+        ConfigError, DataError: settings or rows that cannot be used, or no approach has a result.
         Interrupted: a training was stopped; the same call goes on.
     """
     console, folder = console or Console(), Path(folder).expanduser()
@@ -159,6 +161,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
     (folder / "results").mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
+    first: GraftError | None = None
     for base in settings.bases:
         tokenizer = load_tokenizer(base)
         model: Any = None
@@ -176,8 +179,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
             except Interrupted:
                 raise
             except GraftError as error:
-                if approach not in settings.methods:
-                    raise
+                first = first or error
                 failed.append({**unit, "why": str(error)})
                 console.print(f"{_told(unit)}: skipped, {error}", highlight=False, soft_wrap=True)
                 continue
@@ -187,6 +189,8 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
                 shutil.rmtree(folder / "runs" / file.stem, ignore_errors=True)
             results.append(found)
             console.print(_line(found), highlight=False, soft_wrap=True)
+    if first is not None and not results:
+        raise first
     found = summary(settings.model_dump(mode="json"), _facts(settings, sets), results, failed)
     write_page(found, folder)
     for note in found["notes"]:
@@ -278,6 +282,8 @@ def _sets(settings: MatrixSettings) -> _Sets:
     if template.mode == "classification" or template.task is None or pool[0].form != "label":
         raise ConfigError(f"matrix.template: {settings.train} needs labels, and words for them (templates, verbalizer)")
     every = range(len(template.task.templates))
+    template = with_words(template, pool)
+    _check_words(template, pool)
     patterns = list(every) if settings.patterns is None else settings.patterns
     rendered = [one_pattern(template, pattern) for pattern in patterns]
 
@@ -296,6 +302,7 @@ def _sets(settings: MatrixSettings) -> _Sets:
     tests = {}
     for name, test in settings.tests.items():
         rows = load_rows(test.source, split=test.split, columns=test.columns)
+        _check_words(template, rows)
         kept = short(rows, settings.max_question_tokens)
         left[name], tests[name] = len(rows) - len(kept), kept[: test.limit]
         if not kept:
@@ -306,14 +313,21 @@ def _sets(settings: MatrixSettings) -> _Sets:
     draw(apart, settings.shots, balanced=settings.balanced)
     content = [[[row.index, dict(row.fields)] for row in rows] for rows in (apart, *tests.values())]
     digest = hashlib.sha256(json.dumps([content, list(tests)], default=str).encode()).hexdigest()
-    return _Sets(template, patterns, apart, tests, left, digest)
+    return _Sets(template, patterns, apart, tests, left, digest, {base: identity(base) for base in settings.bases})
+
+
+def _check_words(template: Template, rows: Sequence[Row]) -> None:
+    """Raise a DataError for a label without a word before anything runs."""
+    for row in rows:
+        template.answer(row)
 
 
 def _file_name(settings: MatrixSettings, sets: _Sets, base: str, approach: str, pattern: int, seed: int) -> str:
     """Readable, and with a hash of all that the result depends on."""
     arm = settings.methods.get(approach)
-    depends = [sets.digest, base, approach, seed, one_pattern(sets.template, pattern).to_dict(), settings.precision]
+    depends: list[Any] = [sets.digest, sets.bases[base], approach, seed, settings.precision]
     depends += [
+        one_pattern(sets.template, pattern).to_dict(),
         None if approach == ZERO else [settings.shots, settings.balanced],
         approach == ICL and settings.calibrated,
     ]

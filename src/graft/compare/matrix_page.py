@@ -42,8 +42,8 @@ def matrix_html(found: dict[str, Any]) -> str:
         f"<p>{escape(_caption(found))}</p>",
     ]
     parts += [f"<p>{escape(note)}</p>" for note in found["notes"]]
-    for test, pattern in _panels(found):
-        rows, columns = _axes(found)
+    rows, columns = _axes(found)
+    for test, pattern in _panels(found) if found["cells"] else ():
         parts.append(f"<h3>{escape(_title(found, test, pattern))}</h3>")
         parts.append('<div style="overflow-x:auto"><table><thead><tr><th>fine-tuning minus in-context learning</th>')
         parts += [f"<th>{escape(column)}</th>" for column in columns]
@@ -59,7 +59,7 @@ def matrix_html(found: dict[str, Any]) -> str:
 def plot(found: dict[str, Any], stem: Path) -> None:
     """A heat map for each test and pattern, `<stem>.png` and `<stem>.svg`, renamed into place.
 
-    Cells with p < .05 have a frame; stars as in the caption.
+    Cells with p < .05 have a frame; stars as in the caption. Without any cell there is no picture, and an old one goes.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -67,6 +67,11 @@ def plot(found: dict[str, Any], stem: Path) -> None:
     from matplotlib.patches import Rectangle
 
     rows, columns = _axes(found)
+    files = [stem.with_suffix(f".{kind}") for kind in ("png", "svg")]
+    if not found["cells"]:
+        for file in files:
+            file.unlink(missing_ok=True)
+        return
     tests, patterns = _tests(found), list(found["facts"]["patterns"])
     most = max((LEAST, *(abs(cell["difference"]) for cell in found["cells"])))
     width = 2.2 + len(patterns) * (0.6 + 1.15 * len(columns))
@@ -98,9 +103,8 @@ def plot(found: dict[str, Any], stem: Path) -> None:
         figure.suptitle("Accuracy of fine-tuning minus in-context learning (framed: Welch's p < .05)", fontsize=11)
         if image is not None:
             figure.colorbar(image, ax=grid, shrink=0.8, format="{x:+.2f}")
-        for kind in ("png", "svg"):
-            file = stem.with_suffix(f".{kind}")
-            partial = file.with_name(file.name + ".partial")
+        for file in files:
+            partial, kind = file.with_name(file.name + ".partial"), file.suffix[1:]
             figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
             os.replace(partial, file)
 

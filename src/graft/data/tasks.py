@@ -48,8 +48,12 @@ class Task:
 
     def prompt(self, row: Row, seed: int = 0) -> str:
         """The prompt that this row gets, filled."""
+        return fill(self.templates[self.chosen(row, seed)], row)
+
+    def chosen(self, row: Row, seed: int = 0) -> int:
+        """Which prompt this row gets, from 0."""
         digest = hashlib.blake2b(f"{seed}:{row.index}".encode(), digest_size=8).digest()
-        return fill(self.templates[int.from_bytes(digest) % len(self.templates)], row)
+        return int.from_bytes(digest) % len(self.templates)
 
     def answer(self, row: Row) -> str:
         """The word for the row's label, or the row's own completion if it has no label."""

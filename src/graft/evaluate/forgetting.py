@@ -212,12 +212,15 @@ def _of_base(model: Any, found: Outputs) -> Outputs:
 @contextlib.contextmanager
 def _originals(head: Any, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Inside, a head computes with these tensors."""
-    plain = head.forward
+    own = head.__dict__.get("forward")
     head.forward = lambda x: F.linear(x, tensors.get("weight", head.weight), tensors.get("bias", head.bias))
     try:
         yield
-    finally:
-        head.forward = plain
+    finally:  # an attribute of the instance that was not there before would count as somebody's own forward
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
 
 
 def _summed(sides: list[Outputs]) -> Tensor:

@@ -1,9 +1,10 @@
 """In-context learning: demonstrations in front of the question, and no training.
 
 A label is chosen by the likelihood of its word behind the prompt, all tokens of the word together. Calibrated, each
-label's share of the probability is divided by the share that it has behind questions without content: the mean over
-"N/A", "[MASK]" and the empty text in place of every column (contextual calibration, Zhao et al. 2021, arXiv 2102.09690,
-with its diagonal W and without b). Other rows are answered by generation. Without shots the pattern stands alone.
+label's share of the probability is divided by the share that it has behind questions of the same pattern without
+content: the mean over "N/A", "[MASK]" and the empty text in place of every column (contextual calibration, Zhao et al.
+2021, arXiv 2102.09690, with its diagonal W and without b). Other rows are answered by generation. Without shots the
+pattern stands alone.
 
 Shapes: N rows, C label words.
 """
@@ -30,7 +31,7 @@ from graft.evaluate.generate import Decoding, generate
 from graft.evaluate.prefix import log_likelihoods, without_end
 from graft.evaluate.run import Evaluation, Scores
 from graft.evaluate.score import words_of
-from graft.evaluate.shots import BETWEEN, fitting, with_shots
+from graft.evaluate.shots import BETWEEN, answered, fitting, with_shots
 from graft.ids import IGNORED
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -51,16 +52,16 @@ class LabelScores:
     words: list[str]
     log_NC: Tensor
     """Log-probabilities of the words, in nats."""
-    prior_C: Tensor | None
-    """The words' shares behind questions without content; None if they were not asked."""
+    prior_NC: Tensor | None
+    """The words' shares behind questions without content of each row's pattern; None if they were not asked."""
 
     def chosen(self, calibrated: bool = False) -> list[str]:
         """The word of each row."""
         scores_NC = self.log_NC
         if calibrated:
-            if self.prior_C is None:
+            if self.prior_NC is None:
                 raise ConfigError("calibrated: the content-free questions were not asked; say calibrate=True")
-            scores_NC = scores_NC - self.prior_C.log()
+            scores_NC = scores_NC - self.prior_NC.log()
         return [self.words[int(best)] for best in scores_NC.argmax(-1)]
 
 
@@ -72,6 +73,7 @@ def few_shot(
     template: Template,
     *,
     shots: int | str = 16,
+    most: int | None = None,
     seed: int = 0,
     pattern: int | None = None,
     calibrate: bool = False,
@@ -87,8 +89,10 @@ def few_shot(
     Args:
         rows: what is asked, with labels or references.
         pool: where the demonstrations are drawn from; none of them may be among the rows.
-        template: how a row becomes a prompt and an answer; its task has the patterns and the labels' words.
-        shots: how many demonstrations; "fit": as many as fit into the context with every row.
+        template: how a row becomes a prompt and an answer; its task has the patterns and the labels' words (without a
+            verbalizer: the labels of pool and rows themselves).
+        shots: how many demonstrations; "fit": as many as fit into the context with every row and its longest answer.
+        most: the highest count that "fit" may take; None: whatever the pool has.
         seed: draws them.
         pattern: which of the task's prompts, from 0; None: each row's own, as in training.
         calibrate: divide by what labels get without content (label metrics alone).
@@ -104,8 +108,9 @@ def few_shot(
     """
     chosen = _check(model, rows, template, metrics, calibrate)
     labels = labels_of(entries)
-    template = one_pattern(template.fit([*pool, *rows], tokenizer), pattern)
-    drawn = fitting(model, tokenizer, rows, pool, template, shots, seed, balanced=balanced, entries=entries)
+    every = [*pool, *rows]
+    template = one_pattern(with_words(template.fit(every, tokenizer), every), pattern)
+    drawn = fitting(model, tokenizer, rows, pool, template, shots, seed, most=most, balanced=balanced, entries=entries)
     _check_apart(rows, drawn)
     more: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if rows[0].form == "label":
@@ -145,12 +150,13 @@ def label_scores(
         DataError, ConfigError: as `few_shot`.
     """
     words = _words(template, rows, shots)
-    asked = [*rows, *(_emptied(rows[0], text) for text in CONTENT_FREE)] if calibrate else list(rows)
+    first, place = _patterns(template, rows)
+    asked = [*rows, *(_emptied(row, text) for row in first for text in CONTENT_FREE if calibrate)]
     prompts, made = with_shots(asked, shots, template)
     end = end_id(tokenizer)
     columns = []
     for word in words:
-        examples = made.examples([_answered(row, word, template) for row in prompts], tokenizer)
+        examples = made.examples([answered(row, word, template) for row in prompts], tokenizer)
         columns.append([without_end(e, end) for e in examples] if made.mode == "causal" else examples)
     _check_words(words, [column[0] for column in columns])
     flat = [example for column in columns for example in column]
@@ -158,8 +164,11 @@ def label_scores(
         model, tokenizer, flat, entry, mode=made.mode, batch_size=batch_size, shared=shared, progress=progress
     )
     log_NC = torch.tensor(found).view(len(words), len(asked)).T
-    prior_C = log_NC[len(rows) :].softmax(-1).mean(0) if calibrate else None
-    return LabelScores(words, log_NC[: len(rows)], prior_C)
+    prior_NC = None
+    if calibrate:
+        shares = log_NC[len(rows) :].softmax(-1).unflatten(0, (len(first), len(CONTENT_FREE)))
+        prior_NC = shares.mean(1)[place]
+    return LabelScores(words, log_NC[: len(rows)], prior_NC)
 
 
 def one_pattern(template: Template, pattern: int | None) -> Template:
@@ -176,16 +185,30 @@ def one_pattern(template: Template, pattern: int | None) -> Template:
     return dataclasses.replace(template, task=dataclasses.replace(template.task, templates=(prompts[pattern],)))  # type: ignore[type-var]
 
 
+def with_words(template: Template, rows: Sequence[Row]) -> Template:
+    """The template with a word for each label of these rows, if its task has no verbalizer.
+
+    So what can be chosen is the same for every set that is asked with it.
+
+    Raises:
+        DataError: a label that is a number, which has no word of its own.
+    """
+    task = template.task
+    if task is None or task.verbalizer:
+        return template
+    words = {str(row.label): template.answer(row) for row in rows if row.label is not None}
+    return dataclasses.replace(template, task=dataclasses.replace(task, verbalizer=dict(sorted(words.items()))))
+
+
 def _scores(known: Any, chosen: Sequence[str], answers: dict[str, list[str]], right: Sequence[Any]) -> Scores:
     return {label: {name: known[name](texts, right) for name in chosen} for label, texts in answers.items()}
 
 
-def _answered(row: Row, word: str, template: Template) -> Row:
-    """A prompt with this word as its answer."""
-    if template.kind != "chat":
-        return dataclasses.replace(row, completion=word)
-    last = row.messages[-1]._replace(content=word)
-    return dataclasses.replace(row, messages=(*row.messages[:-1], last), completion=word)
+def _patterns(template: Template, rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The first row of each pattern that the rows use, and for each row the place of its pattern among these."""
+    chosen = [0 if template.task is None else template.task.chosen(row, template.seed) for row in rows]
+    used = list(dict.fromkeys(chosen))
+    return [rows[chosen.index(pattern)] for pattern in used], [used.index(pattern) for pattern in chosen]
 
 
 def _emptied(row: Row, text: str) -> Row:

@@ -24,7 +24,8 @@ from graft import roles
 from graft.data.collate import pad_id
 from graft.data.encode import Example
 from graft.evaluate import score
-from graft.evaluate.batches import Progress, bank_or_none, by_length, on_device, quiet, routed
+from graft.evaluate.batches import Progress, bank_or_none, by_length, check_length, on_device, quiet, routed
+from graft.evaluate.shots import room
 from graft.ids import IGNORED, SLOT
 from graft.method import AttentionDelta, InputDelta
 from graft.routes import entry_of
@@ -63,6 +64,9 @@ def log_likelihoods(
         DataError: a row longer than the context.
         RouteError: an unknown adapter.
     """
+    limit = room(model, tokenizer, [entry])
+    for example in examples:
+        check_length(example.row.where, max(len(example), len(example.labels)), limit)
     if shared and mode == "causal" and examples and _plain_entry(model, entry):
         found = _shared(model, tokenizer, examples, entry, batch_size, progress)
         if found is not None:
@@ -100,9 +104,10 @@ def _shared(
     batch_size: int,
     progress: Progress | None,
 ) -> list[float] | None:
-    """As `log_likelihoods`; None if the model's cache holds something else than all keys and values."""
-    answers = [_answer(example) for example in examples]
-    if any(SLOT in answer.read or not answer.targets for answer in answers):
+    """As `log_likelihoods`; None if a labelled token has no place behind another, or the model's cache holds something
+    else than all keys and values."""
+    answers = [answer for answer in map(_answer, examples) if answer is not None]
+    if len(answers) < len(examples):
         return None
     hosts, place = _hosts([answer.read for answer in answers])
     differ = (n for n, tokens in enumerate(zip(*hosts, strict=False)) if len(set(tokens)) > 1)
@@ -137,10 +142,12 @@ def _shared(
     return found
 
 
-def _answer(example: Example) -> _Answer:
-    targets = tuple(label for label in example.labels if label != IGNORED)
-    assert tuple(example.input_ids[len(example.input_ids) - len(targets) :]) == targets, "labels stand at the end"
-    return _Answer(tuple(example.input_ids[:-1]), targets)
+def _answer(example: Example) -> _Answer | None:
+    """None where the labels are not the last tokens, or the first of all is one, which nothing predicts."""
+    ids, targets = tuple(example.input_ids), tuple(label for label in example.labels if label != IGNORED)
+    if not 0 < len(targets) < len(ids) or ids[-len(targets) :] != targets or SLOT in ids:
+        return None
+    return _Answer(ids[:-1], targets)
 
 
 def _hosts(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:

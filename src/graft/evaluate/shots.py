@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def with_shots(rows: Sequence[Row], shots: Sequence[Row], template: Template) ->
     if template.kind == "chat":
         front = tuple(turn for shot in shots for turn in _turns(shot, template))
         turns = "last" if template.mode == "causal" else "all"
-        made = dataclasses.replace(template, task=None, turns=turns)
+        made = dataclasses.replace(template, task=None, turns=turns, train_on="completion")
         return [_asked(row, (*_system(row), *front, *_turns(row, template)), template) for row in rows], made
     for shot in shots:
         if BETWEEN in template.answer(shot):
@@ -85,6 +85,14 @@ def with_shots(rows: Sequence[Row], shots: Sequence[Row], template: Template) ->
     text = "".join(template.render(shot).text + BETWEEN for shot in shots)
     made = Template(kind="plain", mode=template.mode, separator=template.separator)
     return [_prompted(row, text + template.render_prompt(row), template) for row in rows], made
+
+
+def answered(row: Row, word: str, template: Template) -> Row:
+    """A row of `with_shots` with this word as its answer."""
+    if template.kind != "chat":
+        return dataclasses.replace(row, completion=word)
+    last = row.messages[-1]._replace(content=word)
+    return dataclasses.replace(row, messages=(*row.messages[:-1], last), completion=word)
 
 
 def fitting(
@@ -96,49 +104,78 @@ def fitting(
     shots: int | str,
     seed: int = 0,
     *,
+    most: int | None = None,
     balanced: bool | None = None,
     entries: Sequence[Any] = (None,),
 ) -> list[Row]:
     """`draw`, as long as every row and its answer still fit into the model's context behind the demonstrations.
 
+    A row with a label has to fit with the longest word of the template, whichever is right.
+
     Args:
         shots: how many, or "fit" for as many as there is room and a pool for.
+        most: the highest count that "fit" may take; None: no limit but these. A number of shots stands for itself.
 
     Raises:
         DataError: they do not fit; it says how many would.
-        ConfigError: "fit" for a model without a limit.
+        ConfigError: "fit" for a model without a limit, and without `most`; `most` below 1.
     """
+    if most is not None and most < 1:
+        raise ConfigError(f"shots 'fit': give at least 1 as the most, not {most}")
     limit = room(model, tokenizer, entries)
     if limit is None:
-        if shots == "fit":
+        if shots == "fit" and most is None:
             raise ConfigError("shots 'fit': the model has no longest input; give a number")
-        return draw(pool, shots, seed, balanced=balanced)  # type: ignore[arg-type]
+        count: Any = _most(pool, len(pool) if most is None else most, seed, balanced) if shots == "fit" else shots
+        return draw(pool, count, seed, balanced=balanced)
+    word = _longest_word(rows[0], template, tokenizer)
 
     def lengths(count: int, asked: Sequence[Row]) -> list[int]:
         made, plain = with_shots(asked, draw(pool, count, seed, balanced=balanced), template)
+        made = made if word is None else [answered(row, word, template) for row in made]
         return [max(len(e), len(e.labels)) for e in plain.examples(made, tokenizer)]
 
     alone = lengths(0, rows)
     longest = max(range(len(rows)), key=alone.__getitem__)
-    wanted = _most(pool, limit, seed, balanced) if shots == "fit" else shots
-    drawn = draw(pool, wanted, seed, balanced=balanced)  # type: ignore[arg-type]
-    count, over = len(drawn), len(drawn) + 1
-    if max(lengths(count, rows)) <= limit:
-        return drawn
-    low = 0
+
+    def fits(count: int) -> bool:
+        return lengths(count, [rows[longest]])[0] <= limit
+
+    wanted: Any = _most(pool, min(most or limit, limit), seed, balanced) if shots == "fit" else shots
+    drawn = draw(pool, wanted, seed, balanced=balanced)
+    low = _highest(fits, len(drawn)) if shots == "fit" or not fits(len(drawn)) else len(drawn)
+    while low >= 0 and max(lengths(low, rows)) > limit:
+        low -= 1
+    if low == len(drawn) or (shots == "fit" and low > 0):
+        return draw(pool, low, seed, balanced=balanced)
+    asked = min(1, len(drawn)) if shots == "fit" else len(drawn)
+    raise DataError(
+        f"{rows[longest].where}: behind {'one demonstration' if asked == 1 else f'{asked} demonstrations'} it "
+        f"takes {lengths(asked, [rows[longest]])[0]} tokens, the context has {limit}; {max(low, 0) or 'none'} would "
+        f"fit: give {'fewer shots (or shots fit), ' if low > 0 else ''}a pool of shorter rows, or shorter questions"
+    )
+
+
+def _longest_word(row: Row, template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The word of a label that takes most tokens behind a prompt; None for rows that are not answered so."""
+    if row.form != "label" or template.task is None or not template.task.words:
+        return None
+    (asked,), plain = with_shots([row], [], template)
+    words = template.task.words
+    made = plain.examples([answered(asked, word, template) for word in words], tokenizer)
+    return max(zip(words, made, strict=True), key=lambda each: max(len(each[1]), len(each[1].labels)))[0]
+
+
+def _highest(fits: Callable[[int], bool], most: int) -> int:
+    """The highest count up to `most` that fits, 0 if not even one does; no count over twice that and 1 is tried."""
+    low, step = 0, 1
+    while low + step <= most and fits(low + step):
+        low, step = low + step, 2 * step
+    over = min(low + step, most + 1)
     while over - low > 1:
         count = (low + over) // 2
-        low, over = (count, over) if lengths(count, [rows[longest]])[0] <= limit else (low, count)
-    while low and max(lengths(low, rows)) > limit:
-        low -= 1
-    if shots == "fit" and low:
-        return draw(pool, low, seed, balanced=balanced)
-    needs = max(lengths(len(drawn), [rows[longest]]))
-    raise DataError(
-        f"{rows[longest].where}: behind {'one demonstration' if shots == 'fit' else f'{len(drawn)} demonstrations'} it "
-        f"takes {needs} tokens, the context has {limit}; {low or 'none'} would fit: give "
-        f"{'fewer shots (or shots fit), ' if low else ''}a pool of shorter rows, or shorter questions"
-    )
+        low, over = (count, over) if fits(count) else (low, count)
+    return low
 
 
 def room(model: Any, tokenizer: PreTrainedTokenizerBase, entries: Sequence[Any]) -> int | None:

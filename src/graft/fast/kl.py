@@ -40,12 +40,13 @@ def kl_sum(reference: Outputs, trained: Outputs) -> Tensor:
     if len(reference.target_N) != len(trained.target_N):
         raise RouteError(f"{len(reference.target_N)} labelled tokens against {len(trained.target_N)}; give one batch")
 
-    def part(where: slice) -> Tensor:
+    def part(target_C: Tensor, where: slice) -> Tensor:
         with torch.no_grad():
             p_CV = reference.logits(where).log_softmax(-1)
         return divergence(p_CV, trained.logits(where).log_softmax(-1)).sum()
 
     total = trained.target_N.new_zeros((), dtype=torch.float32)
     for where in chunks(len(trained.target_N), trained.vocabulary, 2):
-        total = total + checkpoint(part, where, use_reentrant=False)
+        # The device whose random state is kept for the second forward is that of the tensors given.
+        total = total + checkpoint(part, trained.target_N[where], where, use_reentrant=False)
     return total

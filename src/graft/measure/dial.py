@@ -113,7 +113,7 @@ def dial(
     text = text_of(opened.run, asked.text, opened.folder)
     scales = sorted(asked.scales)
     entries = [{name: scale} for scale in scales]
-    rows = opened.rows(asked.data, asked.limit)
+    rows = opened.rows(asked.data, asked.limit, name)
     model, tokenizer, template = opened.opened.model, opened.opened.tokenizer, opened.opened.templates[name]
     size = max(1, ROWS // len(scales))
     metric = asked.metric or _metric(default_metrics(rows, template))

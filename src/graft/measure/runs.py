@@ -11,12 +11,13 @@ import yaml
 
 from graft.base import load_config, load_tokenizer
 from graft.data.rows import Row, load_rows
-from graft.errors import ConfigError
+from graft.errors import ConfigError, DataError
 from graft.evaluate.forgetting import TEXTS, Forgetting, forgetting
 from graft.evaluate.general import LIMIT
 from graft.evaluate.opening import Opened, open_base
 from graft.evaluate.run import Evaluation, examine
 from graft.train.config import Run, make_run
+from graft.train.folder import changed
 from graft.train.setup import read_data
 
 
@@ -29,19 +30,36 @@ class OpenedRun:
     opened: Opened
     names: tuple[str, ...]
 
-    def rows(self, source: str | None = None, limit: int | None = None) -> list[Row]:
+    def rows(self, source: str | None = None, limit: int | None = None, adapter: str | None = None) -> list[Row]:
         """The rows of a source; None: the run's own evaluation rows, also where they were held out of the training's.
 
+        Args:
+            limit: the first so many of those that count.
+            adapter: only rows of this one, and rows that name none; None: all.
+
         Raises:
-            ConfigError: the run has no evaluation rows.
-            DataError: see `load_rows`.
+            ConfigError: the run has no evaluation rows, or its data are not what they were.
+            DataError: no row of the adapter, or see `load_rows`.
         """
         if source is not None:
-            return load_rows(source, columns=self.run.data.columns, limit=limit)
-        data = read_data(self.run, load_tokenizer(self.run.base), load_config(self.run.base))
-        if data.evaluation is None:
-            raise ConfigError(f"{self.folder}: the run has no data.eval; name rows with --data")
-        return [example.row for example in sorted(data.evaluation, key=lambda each: each.row.index)][:limit]
+            rows = load_rows(source, columns=self.run.data.columns, limit=limit if adapter is None else None)
+        else:
+            data = read_data(self.run, load_tokenizer(self.run.base), load_config(self.run.base))
+            if data.evaluation is None:
+                raise ConfigError(f"{self.folder}: the run has no data.eval; name rows with --data")
+            key = next((key for key in changed(self.folder, data) if key != "general"), None)
+            if key is not None:
+                raise ConfigError(
+                    f"data.{key}: the content changed since {self.folder} was begun, so its evaluation rows are others "
+                    "now; put it back, or name rows with --data"
+                )
+            rows = [example.row for example in sorted(data.evaluation, key=lambda each: each.row.index)]
+        chosen = [row for row in rows if adapter is None or row.adapter in (None, adapter)]
+        if not chosen:
+            raise DataError(
+                f"{source or self.folder}: no row is of adapter {adapter!r}; name rows that are with --data"
+            )
+        return chosen[:limit]
 
 
 def open_run(folder: str | Path, *, device: str | None = None) -> OpenedRun:

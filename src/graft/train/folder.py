@@ -62,11 +62,15 @@ def begun(folder: Path, data: Data) -> bool:
     file = folder / DATA
     if not file.is_file():
         return False
-    before = json.loads(file.read_text(encoding="utf-8"))["sha256"]
-    for key, value in data.hashes.items():
-        if before.get(key) != value:
-            raise ConfigError(f"data.{key}: the content changed since {folder} was begun; put it back or use --fresh")
+    for key in changed(folder, data):
+        raise ConfigError(f"data.{key}: the content changed since {folder} was begun; put it back or use --fresh")
     return True
+
+
+def changed(folder: Path, data: Data) -> list[str]:
+    """Which sources of a run that was begun are not what they were: train, eval, general."""
+    before = json.loads((folder / DATA).read_text(encoding="utf-8"))["sha256"]
+    return [key for key, value in data.hashes.items() if before.get(key) != value]
 
 
 def begin(run: Run, folder: Path, data: Data) -> None:

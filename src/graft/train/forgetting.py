@@ -2,14 +2,15 @@
 
 At the bound a run stops, or adds weight * KL(base || adapter) a labelled token of the training batch to its loss: the
 adapter is off in a second forward of the same batch, without gradients. The weight starts at 0; an evaluation over the
-bound makes it 1, then doubles it; one under half of the bound halves it. Either way the adapter of the last evaluation
-within the bound is kept, where the last of all is not.
+bound makes it 1, then doubles it up to `MOST`; one under half of the bound halves it. Either way the adapter of the
+last evaluation within the bound is kept, where the last of all is not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,8 +32,12 @@ from graft.train.config import Run
 
 STATE = "forgetting.json"
 """Of a checkpoint: what the guard knows."""
-KEPT = "within_bound.safetensors"
-"""Beside the checkpoints: the adapters of the last evaluation within the bound."""
+KEPT = "within_bound-"
+"""Beside the checkpoints, with the step behind it: the adapters of an evaluation within the bound."""
+MOST = 2.0**10
+"""The highest weight of the KL in the loss."""
+
+log = logging.getLogger("graft")
 
 
 class Guard:
@@ -65,7 +70,7 @@ class Guard:
         self.kl = self.loss = self.weight = 0.0
         self.kept_step: int | None = None
         self.kept_kl = 0.0
-        self.over = self.stopped = False
+        self.over = self.stopped = self.said = False
 
     # At each evaluation.
 
@@ -97,16 +102,31 @@ class Guard:
         return shown
 
     def _next_weight(self, bound: float) -> float:
-        if self.over:
-            return max(1.0, 2 * self.weight)
-        return self.weight / 2 if self.kl < bound / 2 else self.weight
+        if not self.over:
+            return self.weight / 2 if self.kl < bound / 2 else self.weight
+        if self.weight == MOST and not self.said:
+            self.said = True
+            log.warning(
+                "train.max_forgetting: the KL to the base is %.4g nats a token, over %g, at its highest weight in the "
+                "loss (%g), where it stays; lower train.lr, or raise the bound",
+                self.kl,
+                bound,
+                MOST,
+            )
+        return min(max(1.0, 2 * self.weight), MOST)
 
     def _keep(self, model: nn.Module, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{KEPT}{states.PARTIAL}"
-        states.write(model, partial)
-        os.replace(partial, self.folder / KEPT)
         self.kept_step, self.kept_kl = step, self.kl
+        if os.environ.get("RANK", "0") != "0":
+            return  # every process has the same adapters
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._kept(step)
+        partial = file.with_name(file.name + states.PARTIAL)
+        states.write(model, partial)
+        os.replace(partial, file)
+
+    def _kept(self, step: int | None) -> Path:
+        return self.folder / f"{KEPT}{step}.safetensors"
 
     # In each step.
 
@@ -141,7 +161,19 @@ class Guard:
 
     def restore(self, model: nn.Module) -> None:
         """Put the adapters of the last evaluation within the bound into the model."""
-        states.read(model, self.folder / KEPT)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # until the file of the first process is there
+        states.read(model, self._kept(self.kept_step))
+
+    def prune(self) -> None:
+        """Remove kept adapters that neither this run nor a checkpoint goes back to; call it after a checkpoint."""
+        wanted = {self._kept(self.kept_step)}
+        for checkpoint in states.checkpoints(self.folder):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of a broken one `read` tells
+                wanted.add(self._kept(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["kept_step"]))
+        for file in self.folder.glob(f"{KEPT}*"):
+            if file not in wanted:
+                file.unlink()
 
     def write(self, checkpoint: Path) -> None:
         """Store what a resumed run needs to go on as this one."""

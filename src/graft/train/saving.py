@@ -93,6 +93,8 @@ class SavingTrainer(Trainer):
                 states.remove(final)
             os.replace(partial, final)
             states.prune(folder, self.keep or self.args.save_total_limit, best)
+            if self.guard is not None:
+                self.guard.prune()
         self.newest = final
 
     def _note_callbacks(self) -> None:
