@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft import base
-from graft.base import computes_bf16, context_length, load_base, load_config, load_tokenizer
+from graft.base import computes_bf16, context_length, identity, load_base, load_config, load_tokenizer
 from graft.errors import ConfigError
 from graft.weights import quantized
 from tiny import batch, tiny
@@ -149,3 +149,13 @@ def test_no_tokenizer(saved: Path, tmp_path: Path) -> None:
     shutil.rmtree(saved)
     with pytest.raises(ConfigError, match="tokenizer"):
         load_tokenizer(saved)
+
+
+def test_identity_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = identity(str(tmp_path / "a"))
+    assert identity(str(tmp_path / "b")) == first != identity("embedded")
+    weights = tmp_path / "b" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert identity(str(tmp_path / "b")) != first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -166,7 +167,8 @@ def identity(path: str) -> str:
     """
     config = load_config(path)
     place = Path(_place(path))
-    found = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    known = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}  # not where it lies
+    found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     found.update(str(getattr(config, "_commit_hash", None)).encode())
     for file in sorted(place.glob("*.safetensors")) if place.is_dir() else ():
         size = file.stat().st_size

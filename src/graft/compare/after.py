@@ -34,6 +34,8 @@ from graft.train.setup import rows_of
 MERGED = object()
 ANSWERS, TOKENS, ROUNDS = 1, 16, 5
 """Prompts, tokens of each answer, and how often each is timed, for the latency."""
+MOST = 16
+"""Demonstrations that "fit" takes at most."""
 BATCHES = 8
 """Of the evaluation speed."""
 
@@ -108,6 +110,7 @@ def few_shots(
         pool,
         template,
         shots=asked["shots"],
+        most=MOST if asked["shots"] == "fit" else None,
         seed=seed,
         calibrate=asked["calibrate"],
         metrics=metrics,
