@@ -59,6 +59,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(found.values())
 
 
+def standing(model: Any) -> list[Tensor]:
+    """All that stands beside a step: weights, buffers, and the base's own values of what a selection method trains."""
+    kept = [tensor for adapter in bank_of(model) for leaf in adapter.leaves for tensor in leaf.other.values()]
+    return [*model.parameters(), *model.buffers(), *kept]
+
+
 def optimizer_bytes(parameters: Iterable[Tensor], optimizer: str) -> int:
     """The state of AdamW (two values for each), Adafactor (one for each row and column) or SGD (none)."""
     if optimizer == "sgd":
@@ -68,7 +74,15 @@ def optimizer_bytes(parameters: Iterable[Tensor], optimizer: str) -> int:
     return sum(4 * (p.shape[-1] + p.numel() // p.shape[-1] if p.dim() > 1 else p.numel()) for p in parameters)
 
 
-def training(model: Any, batch: dict[str, Any], *, optimizer: str, accumulate: int, on_cpu: bool) -> tuple[Memory, int]:
+def training(
+    model: Any,
+    batch: dict[str, Any],
+    *,
+    optimizer: str,
+    accumulate: int,
+    on_cpu: bool,
+    compute: torch.dtype | None = None,
+) -> tuple[Memory, int]:
     """The peak of a training step from the second one on, and the arithmetic of a batch.
 
     Args:
@@ -77,16 +91,18 @@ def training(model: Any, batch: dict[str, Any], *, optimizer: str, accumulate: i
         optimizer: "adamw", "adafactor" or "sgd".
         accumulate: batches in a step.
         on_cpu: whether it will run on a CPU; else on a GPU.
+        compute: what its forwards are autocast to, if they are.
     """
-    standing = [*model.parameters(), *model.buffers()]
+    stands = standing(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head.assume(model)
     model.train()
-    with kernels(on_cpu), Shapes() as shapes, _phases(shapes):
-        shapes.know(standing)
+    with kernels(on_cpu, compute) as casts, Shapes() as shapes, _phases(shapes):
+        shapes.know(stands)
         for _ in range(2 if accumulate > 1 else 1):
             shapes.phase = "activations"
             found = _loss(model, batch)
+            casts.clear()
             shapes.phase = "backward"
             found.backward()
             del found
@@ -95,7 +111,7 @@ def training(model: Any, batch: dict[str, Any], *, optimizer: str, accumulate: i
     backward = peak.get("backward", 0)
     gradients = min(bytes_of(trained), backward)
     memory = Memory(
-        weights=bytes_of(standing),
+        weights=bytes_of(stands),
         gradients=gradients,
         optimizer=optimizer_bytes(trained, optimizer),
         activations=peak.get("activations", 0),
@@ -161,11 +177,11 @@ def answering(model: Any, rows: int, prompt: int, new: int, *, on_cpu: bool) -> 
         prompt, new: tokens of a prompt and of an answer.
         on_cpu: whether it will run on a CPU; else on a GPU.
     """
-    standing = [*model.parameters(), *model.buffers()]
+    stands = standing(model)
     both = roles.is_encoder_decoder(model)
     model.eval()
     with torch.no_grad(), kernels(on_cpu), Shapes() as shapes:
-        shapes.know(standing)
+        shapes.know(stands)
         batch: dict[str, Any] = {"input_ids": torch.zeros(rows, prompt, dtype=torch.long), "use_cache": True}
         if _prompts(bank_of(model)):
             batch = prepare(model, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
@@ -181,7 +197,7 @@ def answering(model: Any, rows: int, prompt: int, new: int, *, on_cpu: bool) -> 
         layers = max(1, len((cache.self_attention_cache if both else cache).layers))
     grown = own * (new if both else prompt + new) // (1 if both else max(1, prompt))
     last = grown + read + grown // layers  # a layer's keys and values are copied to longer ones
-    weights = bytes_of(standing)
+    weights = bytes_of(stands)
     if shapes.peak > last + logits:
         kept = own + read
         return Memory(weights=weights, activations=shapes.peak - kept - logits, cache=kept, logits=logits)

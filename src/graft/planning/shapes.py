@@ -137,12 +137,35 @@ def _on_meta(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def kernels(on_cpu: bool) -> Iterator[None]:
-    """Inside, attention keeps what the fused kernels of a CPU, or of a GPU, keep."""
-    real = F.scaled_dot_product_attention
+def kernels(on_cpu: bool, compute: torch.dtype | None = None) -> Iterator[dict[int, Tensor]]:
+    """Inside, attention keeps what the fused kernels of a CPU, or of a GPU, keep.
+
+    Args:
+        compute: the dtype that autocast gives products; None without it.
+
+    Yields:
+        What autocast keeps until it ends: the casts of what trains. Whoever ends a forward empties it.
+    """
+    real, product = F.scaled_dot_product_attention, F.linear
+    casts: dict[int, Tensor] = {}
+
+    def cast(value: Any) -> Any:
+        dtype = devices.autocast_of(META)
+        if dtype is None or not isinstance(value, Tensor) or not (value.is_meta and value.is_floating_point()):
+            return value
+        forward = torch._C._current_graph_task_id() == -1  # blocks that run again in a backward autocast alone
+        if value.is_leaf and value.requires_grad and value.dtype != dtype and forward:
+            if id(value) not in casts:
+                casts[id(value)] = value.to(dtype)
+            return casts[id(value)]
+        return value.to(dtype)
+
+    def linear(*args: Any, **options: Any) -> Any:
+        return product(*map(cast, args), **{name: cast(value) for name, value in options.items()})
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Any:
         dropout = args[0] if args else options.get("dropout_p", 0.0)
+        query, key, value = cast(query), cast(key), cast(value)
         if not query.is_meta or (on_cpu and _composed(query, value, attn_mask, dropout)):
             return real(query, key, value, attn_mask, *args, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels add it, and so keep it as numbers
@@ -150,12 +173,12 @@ def kernels(on_cpu: bool) -> Iterator[None]:
         return _Kernel.apply(query, key, value, attn_mask)
 
     # a TorchFunctionMode would not be there in a backward, where checkpointed blocks run again
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention, F.linear = attention, linear  # type: ignore[assignment]
     try:
-        with devices.as_cpu() if on_cpu else contextlib.nullcontext():
-            yield
+        with devices.as_cpu() if on_cpu else contextlib.nullcontext(), devices.autocast(META, compute):
+            yield casts
     finally:
-        F.scaled_dot_product_attention = real
+        F.scaled_dot_product_attention, F.linear = real, product
 
 
 def _composed(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
