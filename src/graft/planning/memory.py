@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from graft.bank import Bank, bank_of
 from graft.fast import head, loss
 from graft.planning.shapes import Shapes, kernels
 from graft.slots import accepts
+from graft.train import state as states
 
 COLUMNS = ("adapter", "segments")
 """What a batch has besides the model's own inputs."""
@@ -41,7 +42,7 @@ class Memory:
     logits: int = 0
     """What the loss allocates; at inference the logits."""
     other: int = 0
-    """What the backward, or the device's own libraries, hold besides."""
+    """What the backward, the trainer (a copy of the adapter as it began) or the device's own libraries hold besides."""
 
     @property
     def total(self) -> int:
@@ -99,26 +100,31 @@ def training(
     model.train()
     with kernels(on_cpu, compute) as casts, Shapes() as shapes, _phases(shapes):
         shapes.know(stands)
-        for _ in range(2 if accumulate > 1 else 1):
-            shapes.phase = "activations"
-            found = _loss(model, batch)
-            casts.clear()
-            shapes.phase = "backward"
-            found.backward()
-            del found
+        shapes.phase = "backward"
+        for parameter in trained if accumulate > 1 else ():
+            parameter.grad = torch.empty_like(parameter)  # of the batches before
+        shapes.phase = "activations"
+        found = _loss(model, batch)
+        casts.clear()
+        shapes.phase = "backward"
+        found.backward()
+        del found
     model.zero_grad()
     peak = shapes.at_peak
     backward = peak.get("backward", 0)
     gradients = min(bytes_of(trained), backward)
+    kept = bytes_of([*stands, *states.starting(model).values()]) - bytes_of(stands)
     memory = Memory(
         weights=bytes_of(stands),
         gradients=gradients,
         optimizer=optimizer_bytes(trained, optimizer),
         activations=peak.get("activations", 0),
         logits=peak.get("logits", 0),
-        other=backward - gradients,
+        other=backward - gradients + kept,
     )
-    return memory, shapes.arithmetic // (2 if accumulate > 1 else 1)
+    starts = memory.weights + sum(a.method.start_bytes(a) for adapter in bank_of(model) for a in adapter.leaves)
+    memory = replace(memory, other=memory.other + max(0, starts - memory.total))
+    return memory, shapes.arithmetic
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:

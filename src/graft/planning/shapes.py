@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from graft.fast import devices
 
@@ -55,7 +55,7 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         if kwargs.get("device") is not None:
             kwargs["device"] = self._place(func, tensors, kwargs)
         if len({tensor.is_meta for tensor in tensors}) == 2:
@@ -67,9 +67,9 @@ class Shapes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.overloadpacket in PAIRS and devices.is_cpu(META):
             self.reach(self.total + _casts(tensors))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.is_meta:
-                self.see(leaf)
+        for tensor in _tensors((out,)):
+            if tensor.is_meta:
+                self.see(tensor)
         return out
 
     def see(self, tensor: Tensor) -> None:
@@ -114,6 +114,15 @@ class Shapes(TorchDispatchMode):
             dtype = torch.int64 if numbers and numbers[0].name == "end" else torch.float32
         real = not (dtype.is_floating_point or dtype.is_complex)
         return torch.device("cpu") if real and not any(t.is_meta for t in tensors) else META
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among an operation's arguments or results, which may be in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _sums_gradients(args: Any) -> bool:
