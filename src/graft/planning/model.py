@@ -132,7 +132,9 @@ def made_up(run: Run, mode: Any, length: int) -> Data:
 
 def heaviest(run: Run, data: Data, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The batch that needs most memory, as training would make it."""
-    collate = Collator(tokenizer, packed=run.data.packing or needs_no_padding(run, data, model), mode=data.template.mode)
+    collate = Collator(
+        tokenizer, packed=run.data.packing or needs_no_padding(run, data, model), mode=data.template.mode
+    )
     return collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
 
 

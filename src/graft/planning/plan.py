@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -187,10 +189,16 @@ def _changes(run: Run, now: _Needs, needs: Any, where: Device) -> Iterator[Chang
 
     batches = list(_batches(run))
     for kind in _kinds(run, where):
-        *larger, last = [kind | batch for batch in batches if kind or batch] or [{}]
-        if not last or tried(last) is None:
-            continue
-        yield next(change for change in map(tried, [*larger, last]) if change is not None)
+        found = _first([kind | batch for batch in batches if kind or batch], tried)
+        if found is not None:
+            yield found
+
+
+def _first(settings: list[dict[str, Any]], tried: Callable[[dict[str, Any]], Change | None]) -> Change | None:
+    """The first that fits, where after it all do: each needs less than the one before it."""
+    change = functools.cache(lambda number: tried(settings[number]))
+    number = bisect.bisect_left(range(len(settings)), True, key=lambda each: change(each) is not None)
+    return change(number) if number < len(settings) else None
 
 
 def _kinds(run: Run, where: Device) -> Iterator[dict[str, Any]]:

@@ -108,7 +108,7 @@ def _measure(trainer: Any, batch: dict[str, Any], steps: int, before: int) -> Pr
 
 
 def alive() -> int:
-    """Bytes of all tensors that Python knows of, each storage once, whoever holds them; those of no storage left out."""
+    """Bytes of all tensors that Python knows of, each storage once, whoever holds them."""
     gc.collect()
     found: dict[int, int] = {}
     for each in gc.get_objects():
