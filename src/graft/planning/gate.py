@@ -29,7 +29,7 @@ def check_room(run: Run, config: Any, tokenizer: Any, data: Data, *, force: bool
     told = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     given = Given(config=config, tokenizer=tokenizer, data=data)
     try:
-        made = plan(run, given=given, changes=False, answers=False)
+        made = plan(run, given=given, changes=0, answers=False)
     except Exception as error:  # a model's own code that shapes alone do not carry: training may well work
         told(f"memory is not predicted: {' '.join(str(error).split())[:200] or type(error).__name__}")
         return
@@ -40,7 +40,7 @@ def check_room(run: Run, config: Any, tokenizer: Any, data: Data, *, force: bool
         told(f"note: {note}")
     if made.training.total <= made.room or force:
         return
-    offered = plan(run, given=given, answers=False).changes
+    offered = plan(run, given=given, changes=1, answers=False).changes
     hint = f"; it would with {changed(offered[0].settings)}" if offered else ""
     raise ConfigError(
         f"train: this needs {size(made.training.total)} at its peak, and {made.device} has {size(made.room)}{hint}; "

@@ -92,7 +92,7 @@ def plan(
     length: int | None = None,
     device: str | None = None,
     given: Given | None = None,
-    changes: bool = True,
+    changes: int = OFFERED,
     answers: bool = True,
 ) -> Plan:
     """What a run needs; nothing is loaded but the base's config, its tokenizer and the rows.
@@ -102,7 +102,7 @@ def plan(
         length: tokens of made-up rows; None: the run's own rows are read.
         device: see `planning.devices.room`; None: where the run would be.
         given: what of it was read already.
-        changes: look for changes that make it fit, if it does not.
+        changes: how many changes that make it fit to look for, if it does not.
         answers: predict generation too.
 
     Raises:
@@ -132,7 +132,7 @@ def plan(
     )
     if made.fits or not changes:
         return made
-    return replace(made, changes=tuple(itertools.islice(_changes(run, found, needs, where), OFFERED)))
+    return replace(made, changes=tuple(itertools.islice(_changes(run, found, needs, where), changes)))
 
 
 def _read(run: Run, length: int | None) -> Given:

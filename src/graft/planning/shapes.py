@@ -182,7 +182,7 @@ def kernels(on_cpu: bool, compute: torch.dtype | None = None) -> Iterator[dict[i
         return _Kernel.apply(query, key, value, attn_mask)
 
     # a TorchFunctionMode would not be there in a backward, where checkpointed blocks run again
-    F.scaled_dot_product_attention, F.linear = attention, linear  # type: ignore[assignment]
+    F.scaled_dot_product_attention, F.linear = attention, linear
     try:
         with devices.as_cpu() if on_cpu else contextlib.nullcontext(), devices.autocast(META, compute):
             yield casts
