@@ -293,6 +293,34 @@ def test_a_plan_that_fails_stops_no_training_and_says_so(run: Run, monkeypatch: 
     assert "memory is not predicted: no shapes of this" in console.export_text()
 
 
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"method": {"method": "lora", "init": "lora_ga"}}, "start from data"),
+        ({"data.general": "x", "train.max_forgetting": 0.1, "train.on_forgetting": "regularise"}, "second forward"),
+        ({"data.general": "x"}, "data.general"),
+        ({"train.eval_batch_size": 8}, "eval_batch_size"),
+    ],
+)
+def test_what_is_not_predicted_is_a_note(settings: dict[str, Any], note: str) -> None:
+    data = {"train": "made up", "eval": 0.1}
+    run = settings_of(
+        {"base": "embedded", "data": data, "output": "none", "train": {"batch_size": 4}},
+        [f"{key}={json.dumps(value)}" for key, value in settings.items()],
+    )
+    assert any(note in each for each in plan(run, length=8, device="24GB").notes)
+    assert not any(note in each for each in plan(made_up(), length=8, device="24GB").notes)
+
+
+def test_autocast_is_planned() -> None:
+    """Activations of half the size; the weights stay."""
+    found = [
+        plan(made_up(precision="fp32", train={"compute": each}), length=64, device="a10") for each in ("fp32", "bf16")
+    ]
+    assert found[0].training.weights == found[1].training.weights
+    assert found[1].training.activations < 0.9 * found[0].training.activations
+
+
 def test_train_says_what_is_not_predicted(run: Run) -> None:
     run = make_run(run.model_dump() | {"method": run.method, "train": {"max_steps": 1, "compile": True}})
     tokenizer, config = base.load_tokenizer("embedded"), base.load_config("embedded")
