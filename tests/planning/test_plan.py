@@ -312,6 +312,13 @@ def test_what_is_not_predicted_is_a_note(settings: dict[str, Any], note: str) ->
     assert not any(note in each for each in plan(made_up(), length=8, device="24GB").notes)
 
 
+@pytest.mark.parametrize(("method", "precision"), [("qlora", "nf4"), ("dora", "fp32"), ("p-tuning", "fp32")])
+def test_methods_that_ask_about_the_weights_are_planned(method: str, precision: str) -> None:
+    """For a quantized base, and for autocast around their products."""
+    found = plan(made_up(precision=precision, method={"method": method}), length=8, device="24GB")
+    assert found.fits and found.training.activations > 0
+
+
 def test_autocast_is_planned() -> None:
     """Activations of half the size; the weights stay."""
     found = [

@@ -101,6 +101,8 @@ def code_bytes(out: int, inner: int, precision: str) -> int:
 class Dequantized(nn.Linear):
     """A linear whose weight is made from codes at every use, and thrown away again."""
 
+    stands_for_codes = True
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Dequantized.apply(x, self.weight)
         return y if self.bias is None else y + self.bias
