@@ -23,7 +23,7 @@ from graft.planning import devices, gate, model, probe
 from graft.planning.command import plan as verb
 from graft.planning.memory import answering, bytes_of
 from graft.planning.picture import draw, verdict
-from graft.planning.plan import _kinds, plan
+from graft.planning.plan import _kinds, _notes, plan
 from graft.planning.probe import peak
 from graft.train.config import Run, make_run, settings_of
 from graft.train.run import train
@@ -198,18 +198,18 @@ def test_answers_hold_what_generating_holds() -> None:
 def test_changes_that_make_it_fit_do(tmp_path: Path) -> None:
     tiny("llama").config.save_pretrained(tmp_path)
     settings = {"base": str(tmp_path), "data": {"train": "x"}, "output": "none", "precision": "fp32"}
-    run = make_run({**settings, "train": {"batch_size": 8}})
+    run = make_run({**settings, "train": {"batch_size": 4}})
     need = plan(run, length=64, device="24GB").training.total - devices.CONTEXT
     tight = plan(run, length=64, device=f"{(need * 0.8 + devices.CONTEXT) / 0.95 / devices.GIB}GB")
     kinds = [set(change.settings) for change in tight.changes or ()]
     assert not tight.fits and {"train.batch_size", "train.accumulate"} in kinds and len(kinds) == 3
     for change in tight.changes or ():
         again = settings_of(
-            json.loads(json.dumps({**settings, "train": {"batch_size": 8}})),
+            json.loads(json.dumps({**settings, "train": {"batch_size": 4}})),
             [f"{key}={json.dumps(value)}" for key, value in change.settings.items()],
         )
         assert plan(again, length=64, device="24GB").training.total == change.total <= tight.room * 0.95
-        assert again.train.batch_size * again.train.accumulate == 8 and change.price
+        assert again.train.batch_size * again.train.accumulate == 4 and change.price
     assert "it would with" in verdict(tight)
     hopeless = plan(run, length=64, device="0.01GB")
     assert hopeless.changes == () and "no setting that was tried" in verdict(hopeless)
@@ -308,8 +308,9 @@ def test_what_is_not_predicted_is_a_note(settings: dict[str, Any], note: str) ->
         {"base": "embedded", "data": data, "output": "none", "train": {"batch_size": 4}},
         [f"{key}={json.dumps(value)}" for key, value in settings.items()],
     )
-    assert any(note in each for each in plan(run, length=8, device="24GB").notes)
-    assert not any(note in each for each in plan(made_up(), length=8, device="24GB").notes)
+    where = devices.room("24GB")
+    assert any(note in each for each in _notes(run, where))
+    assert not any(note in each for each in _notes(made_up(), where))
 
 
 @pytest.mark.parametrize(("method", "precision"), [("qlora", "nf4"), ("dora", "fp32"), ("p-tuning", "fp32")])
