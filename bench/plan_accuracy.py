@@ -4,8 +4,8 @@
 
 Predicted is `graft.planning.memory.training`, from shapes alone. Measured is the second step of `GraftTrainer`,
 forward, backward and AdamW: the most bytes that were allocated at once beyond its start, as torch.profiler saw
-allocations and releases, and what stood there before it, weights and optimizer state. On a GPU it is
-`torch.cuda.max_memory_allocated`.
+allocations and releases, and all tensors that were there before it, as the garbage collector lists them. On a GPU it
+is `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from transformers import TrainingArguments
 
 import graft
 from graft import base
-from graft.planning.memory import bytes_of, training
-from graft.planning.probe import peak
+from graft.planning.memory import training
+from graft.planning.probe import alive, peak
+from graft.train import state as states
 from graft.train.trainer import GraftTrainer
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -52,7 +53,7 @@ def predicted(method: str, size: str, vocabulary: int, dtype: str, shape: tuple[
 def measured(method: str, size: str, vocabulary: int, dtype: str, shape: tuple[int, int], device: str) -> int:
     """Bytes of a real step."""
     cuda = device != "cpu"
-    before = torch.cuda.memory_allocated() if cuda else 0
+    before = torch.cuda.memory_allocated() if cuda else alive()
     model = llama(size, vocabulary, DTYPES[dtype]).to(device)
     graft.attach(model, METHODS[method]())
     shake(model)
@@ -61,14 +62,13 @@ def measured(method: str, size: str, vocabulary: int, dtype: str, shape: tuple[i
         side = Side(
             GraftTrainer(model, TrainingArguments(folder, report_to="none", disable_tqdm=True, use_cpu=not cuda))
         )
+        side.trainer.start = states.starting(model)  # which training keeps from its first step to its last
         side.step(batch)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             side.step(batch)
             return torch.cuda.max_memory_allocated() - before
-        state = [value for each in side.optimizer.state.values() for value in each.values()]
-        standing = bytes_of([*model.parameters(), *model.buffers()]) + bytes_of(v for v in state if v.dim())
-        return standing + peak(lambda: side.step(batch))
+        return alive() - before + peak(lambda: side.step(batch))
 
 
 def main() -> None:

@@ -289,6 +289,10 @@ class Method:
     def start(self, model: nn.Module, adapter: Any, batches: Sequence[dict[str, Tensor]]) -> None:
         """Initialise from data, before the first step; a resumed run calls it with the same batches again."""
 
+    def start_bytes(self, adapter: Any) -> int:
+        """What `start` holds at once beside the weights, at least."""
+        return 0
+
     def begin(self, adapter: Any, steps: int) -> None:
         """Training begins and will take `steps` optimizer steps in all.
 

@@ -33,7 +33,7 @@ def transposed(module: nn.Module) -> bool:
 
 def quantized(module: nn.Module) -> bool:
     """Whether the stored weight is a code to be dequantized, not the numbers themselves."""
-    return _is_4bit(module) or _is_8bit(module)
+    return _is_4bit(module) or _is_8bit(module) or getattr(module, "stands_for_codes", False)
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.errors import ConfigError
+from graft.fast.devices import autocast
 from graft.method import Delta, parameter
 from graft.methods.lora import EmbeddingLoRADelta, LoRA, LoRADelta, embed_scale
 from graft.roles import Site
@@ -222,7 +223,7 @@ def row_norms(weight_OI: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
     The sum is taken before the square: ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2 has as many products, and loses the digits
     of rows that nearly cancel.
     """
-    with torch.autocast(weight_OI.device.type, enabled=False):
+    with autocast(weight_OI.device, None):
         if weight_OI.stride(0) >= weight_OI.stride(1):
             count = max(1, PIECE // weight_OI.shape[1])
             pieces = zip(weight_OI.split(count), B.split(count), strict=True)

@@ -141,6 +141,12 @@ class LoRA(Method):
         """
         lora_init.start(self, model, adapter, batches)
 
+    def start_bytes(self, adapter: Any) -> int:
+        """The gradients of all its linears at once, in fp32, for `lora_ga`."""
+        if self.init != "lora_ga":
+            return 0
+        return sum(4 * site.module.weight.numel() for site in adapter.sites.values())
+
     def begin(self, adapter: Any, steps: int) -> None:
         lora_init.refuse_waiting(self, adapter)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from graft import roles
 from graft.errors import ConfigError
+from graft.fast.devices import autocast
 from graft.method import Build, Expanded, InputDelta, Method
 from graft.methods.prompt import input_embedding
 from graft.roles import Site
@@ -131,8 +132,7 @@ class PromptEncoder(Expanded):
         assert self.embedding is not None and self.mlp is not None
         e_PD = self.embedding.weight
         # In fp32 whatever the autocast; cuDNN's LSTM has no backward in eval mode, and P steps need no cuDNN.
-        kind = "cpu" if e_PD.is_meta else e_PD.device.type
-        with torch.autocast(kind, enabled=False), torch.backends.cudnn.flags(enabled=False):
+        with autocast(e_PD.device, None), torch.backends.cudnn.flags(enabled=False):
             return self.mlp(e_PD if self.lstm is None else self.lstm(e_PD)[0])
 
     def expanded(self) -> Tensor:

@@ -34,7 +34,9 @@ def plan(
         raise ConfigError("--probe: it measures the run's own rows on this machine; leave --length and --device out")
     run = _run(settings or [], made_up=length is not None)
     found = planned(run, length=length, device=device)
-    if probe and found.training.total <= found.room:
+    if probe and found.training.total > found.room:
+        found = replace(found, notes=(*found.notes, "not probed: more memory is predicted than there is"))
+    elif probe:
         from graft.planning.probe import probe as measured
 
         found = replace(found, probe=measured(run))

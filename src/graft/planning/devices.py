@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from graft import base
 from graft.errors import ConfigError
 from graft.method import nearest
 
@@ -49,8 +52,28 @@ CONTEXT = 600 * 2**20
 """What CUDA, its libraries and the allocator's rounding take beside tensors; not measured here."""
 
 
-def room(device: str | None) -> tuple[str, int, bool]:
-    """A device's name, the bytes that a process may take there, and whether it is a CPU.
+EMULATES_BF16 = ("gtx1080ti", "rtx2080ti", "t4", "p100", "v100-16", "v100-32")
+"""GPUs that have no instructions for bf16: a base loads in fp32 there."""
+
+
+class Device(NamedTuple):
+    """Where a run would be.
+
+    Attributes:
+        room: bytes that a process may take there.
+        bf16: whether it computes in bf16.
+        context: bytes that its libraries will take beside tensors.
+    """
+
+    name: str
+    room: int
+    on_cpu: bool
+    bf16: bool
+    context: int = CONTEXT
+
+
+def room(device: str | None) -> Device:
+    """A device by its name.
 
     Args:
         device: None for this machine's (its GPU, if there is one), a GPU's name ("a100-80", "rtx4090"), "cpu", "cuda",
@@ -61,15 +84,18 @@ def room(device: str | None) -> tuple[str, int, bool]:
     """
     name = (device or ("cuda" if torch.cuda.is_available() else "cpu")).lower().replace(" ", "").replace("_", "-")
     if name == "cpu":
-        return "this machine's memory", available(), True
+        return Device("this machine's memory", available(), True, base.computes_bf16("cpu"), 0)
     if name.startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_name(name), torch.cuda.mem_get_info(name)[0], False
+        gc.collect()
+        cached = torch.cuda.memory_reserved(name) - torch.cuda.memory_allocated(name)
+        free = torch.cuda.mem_get_info(name)[0] + cached  # asking has made the context, so it is taken already
+        return Device(torch.cuda.get_device_name(name), free, False, base.computes_bf16(name), 0)
     with contextlib.suppress(ValueError):
         size = float(name.removesuffix("gib").removesuffix("gb"))
-        return f"{size:g} GB", int(size * GIB), False
+        return Device(f"{size:g} GB", int(size * GIB), False, True)
     if name not in GPUS:
         raise ConfigError(f"device: {device!r} is not known; {nearest(name, GPUS)}, or give its memory, such as 24GB")
-    return name, int(GPUS[name] * GIB * USABLE), False
+    return Device(name, int(GPUS[name] * GIB * USABLE), False, name not in EMULATES_BF16)
 
 
 def available() -> int:

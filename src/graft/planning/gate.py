@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 from typing import Any
 
 from rich.console import Console
@@ -13,11 +13,9 @@ from graft.planning.plan import Given, plan
 from graft.train.config import Run
 from graft.train.setup import Data
 
-log = logging.getLogger("graft")
-
 
 def check_room(run: Run, config: Any, tokenizer: Any, data: Data, *, force: bool, console: Console) -> None:
-    """Print whether the run will fit; a failure of the prediction itself is logged and stops nothing.
+    """Print whether the run will fit; a failure of the prediction itself is said and stops nothing.
 
     Args:
         run: its settings.
@@ -28,18 +26,21 @@ def check_room(run: Run, config: Any, tokenizer: Any, data: Data, *, force: bool
     Raises:
         ConfigError: more memory is predicted than the device has; the settings that would fit are named.
     """
+    told = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     given = Given(config=config, tokenizer=tokenizer, data=data)
     try:
-        made = plan(run, given=given, changes=False, answers=False)
+        made = plan(run, given=given, changes=0, answers=False)
     except Exception as error:  # a model's own code that shapes alone do not carry: training may well work
-        log.info("the memory is not predicted: %s", " ".join(str(error).split())[:200] or type(error).__name__)
+        told(f"memory is not predicted: {' '.join(str(error).split())[:200] or type(error).__name__}")
         return
     if made.room <= 0:
         return
-    console.print(verdict(made), highlight=False, soft_wrap=True, markup=False)
+    told(verdict(made))
+    for note in made.notes:
+        told(f"note: {note}")
     if made.training.total <= made.room or force:
         return
-    offered = plan(run, given=given, answers=False).changes
+    offered = plan(run, given=given, changes=1, answers=False).changes
     hint = f"; it would with {changed(offered[0].settings)}" if offered else ""
     raise ConfigError(
         f"train: this needs {size(made.training.total)} at its peak, and {made.device} has {size(made.room)}{hint}; "

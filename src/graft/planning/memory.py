@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from graft.bank import Bank, bank_of
 from graft.fast import head, loss
 from graft.planning.shapes import Shapes, kernels
 from graft.slots import accepts
+from graft.train import state as states
 
 COLUMNS = ("adapter", "segments")
 """What a batch has besides the model's own inputs."""
@@ -41,7 +42,7 @@ class Memory:
     logits: int = 0
     """What the loss allocates; at inference the logits."""
     other: int = 0
-    """What the backward, or the device's own libraries, hold besides."""
+    """What the backward, the trainer (a copy of the adapter as it began) or the device's own libraries hold besides."""
 
     @property
     def total(self) -> int:
@@ -59,6 +60,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(found.values())
 
 
+def standing(model: Any) -> list[Tensor]:
+    """All that stands beside a step: weights, buffers, and the base's own values of what a selection method trains."""
+    kept = [tensor for adapter in bank_of(model) for leaf in adapter.leaves for tensor in leaf.other.values()]
+    return [*model.parameters(), *model.buffers(), *kept]
+
+
 def optimizer_bytes(parameters: Iterable[Tensor], optimizer: str) -> int:
     """The state of AdamW (two values for each), Adafactor (one for each row and column) or SGD (none)."""
     if optimizer == "sgd":
@@ -68,7 +75,15 @@ def optimizer_bytes(parameters: Iterable[Tensor], optimizer: str) -> int:
     return sum(4 * (p.shape[-1] + p.numel() // p.shape[-1] if p.dim() > 1 else p.numel()) for p in parameters)
 
 
-def training(model: Any, batch: dict[str, Any], *, optimizer: str, accumulate: int, on_cpu: bool) -> tuple[Memory, int]:
+def training(
+    model: Any,
+    batch: dict[str, Any],
+    *,
+    optimizer: str,
+    accumulate: int,
+    on_cpu: bool,
+    compute: torch.dtype | None = None,
+) -> tuple[Memory, int]:
     """The peak of a training step from the second one on, and the arithmetic of a batch.
 
     Args:
@@ -77,32 +92,39 @@ def training(model: Any, batch: dict[str, Any], *, optimizer: str, accumulate: i
         optimizer: "adamw", "adafactor" or "sgd".
         accumulate: batches in a step.
         on_cpu: whether it will run on a CPU; else on a GPU.
+        compute: what its forwards are autocast to, if they are.
     """
-    standing = [*model.parameters(), *model.buffers()]
+    stands = standing(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head.assume(model)
     model.train()
-    with kernels(on_cpu), Shapes() as shapes, _phases(shapes):
-        shapes.know(standing)
-        for _ in range(2 if accumulate > 1 else 1):
-            shapes.phase = "activations"
-            found = _loss(model, batch)
-            shapes.phase = "backward"
-            found.backward()
-            del found
+    with kernels(on_cpu, compute) as casts, Shapes() as shapes, _phases(shapes):
+        shapes.know(stands)
+        shapes.phase = "backward"
+        for parameter in trained if accumulate > 1 else ():
+            parameter.grad = torch.empty_like(parameter)  # of the batches before
+        shapes.phase = "activations"
+        found = _loss(model, batch)
+        casts.clear()
+        shapes.phase = "backward"
+        found.backward()
+        del found
     model.zero_grad()
     peak = shapes.at_peak
     backward = peak.get("backward", 0)
     gradients = min(bytes_of(trained), backward)
+    kept = bytes_of([*stands, *states.starting(model).values()]) - bytes_of(stands)
     memory = Memory(
-        weights=bytes_of(standing),
+        weights=bytes_of(stands),
         gradients=gradients,
         optimizer=optimizer_bytes(trained, optimizer),
         activations=peak.get("activations", 0),
         logits=peak.get("logits", 0),
-        other=backward - gradients,
+        other=backward - gradients + kept,
     )
-    return memory, shapes.arithmetic // (2 if accumulate > 1 else 1)
+    starts = memory.weights + sum(a.method.start_bytes(a) for adapter in bank_of(model) for a in adapter.leaves)
+    memory = replace(memory, other=memory.other + max(0, starts - memory.total))
+    return memory, shapes.arithmetic
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -161,11 +183,11 @@ def answering(model: Any, rows: int, prompt: int, new: int, *, on_cpu: bool) -> 
         prompt, new: tokens of a prompt and of an answer.
         on_cpu: whether it will run on a CPU; else on a GPU.
     """
-    standing = [*model.parameters(), *model.buffers()]
+    stands = standing(model)
     both = roles.is_encoder_decoder(model)
     model.eval()
     with torch.no_grad(), kernels(on_cpu), Shapes() as shapes:
-        shapes.know(standing)
+        shapes.know(stands)
         batch: dict[str, Any] = {"input_ids": torch.zeros(rows, prompt, dtype=torch.long), "use_cache": True}
         if _prompts(bank_of(model)):
             batch = prepare(model, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
@@ -181,7 +203,7 @@ def answering(model: Any, rows: int, prompt: int, new: int, *, on_cpu: bool) -> 
         layers = max(1, len((cache.self_attention_cache if both else cache).layers))
     grown = own * (new if both else prompt + new) // (1 if both else max(1, prompt))
     last = grown + read + grown // layers  # a layer's keys and values are copied to longer ones
-    weights = bytes_of(standing)
+    weights = bytes_of(stands)
     if shapes.peak > last + logits:
         kept = own + read
         return Memory(weights=weights, activations=shapes.peak - kept - logits, cache=kept, logits=logits)

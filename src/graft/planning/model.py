@@ -101,6 +101,8 @@ def code_bytes(out: int, inner: int, precision: str) -> int:
 class Dequantized(nn.Linear):
     """A linear whose weight is made from codes at every use, and thrown away again."""
 
+    stands_for_codes = True
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Dequantized.apply(x, self.weight)
         return y if self.bias is None else y + self.bias
@@ -132,14 +134,27 @@ def made_up(run: Run, mode: Any, length: int) -> Data:
 
 def heaviest(run: Run, data: Data, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The batch that needs most memory, as training would make it."""
-    try:
-        flat = padding_free(run, data, model, small(model.config, run))
-    except ConfigError:
-        raise
-    except Exception:  # a class that is not to be had small: what its attention says must do
-        flat = interface.makes_no_mask(model)
-    collate = Collator(tokenizer, packed=run.data.packing or flat, mode=data.template.mode)
+    collate = Collator(
+        tokenizer, packed=run.data.packing or needs_no_padding(run, data, model), mode=data.template.mode
+    )
     return collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
+
+
+def needs_no_padding(run: Run, data: Data, model: Any) -> bool:
+    """Whether training would put the examples of a batch end to end.
+
+    Raises:
+        ConfigError: `data.padding_free` is true, and this model or method cannot.
+    """
+    if run.data.packing:
+        return padding_free(run, data, model)
+    if data.template.mode != "causal" or run.data.padding_free is False:
+        return False
+    try:
+        tried = small(model.config, run)
+    except Exception:  # a class, or a method, that is not to be had small: what its attention says must do
+        return interface.makes_no_mask(model)
+    return padding_free(run, data, model, tried)
 
 
 def small(config: PretrainedConfig, run: Run) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from graft import base
 from graft.description import describe
 from graft.errors import ConfigError, SiteError
-from graft.planning.devices import CONTEXT, room
+from graft.planning.devices import CONTEXT, Device, room
 from graft.planning.memory import Memory, answering, training
 from graft.planning.model import QUANTIZED, Given, config_of, heaviest, made_up, quantized_away, shapes_of
 from graft.planning.probe import Probe
@@ -90,7 +92,7 @@ def plan(
     length: int | None = None,
     device: str | None = None,
     given: Given | None = None,
-    changes: bool = True,
+    changes: int = OFFERED,
     answers: bool = True,
 ) -> Plan:
     """What a run needs; nothing is loaded but the base's config, its tokenizer and the rows.
@@ -100,37 +102,37 @@ def plan(
         length: tokens of made-up rows; None: the run's own rows are read.
         device: see `planning.devices.room`; None: where the run would be.
         given: what of it was read already.
-        changes: look for changes that make it fit, if it does not.
+        changes: how many changes that make it fit to look for, if it does not.
         answers: predict generation too.
 
     Raises:
         ConfigError, SiteError, DataError: as training would.
     """
-    name, space, on_cpu = room(device or run.device)
+    where = room(device or run.device)
     given = given or _read(run, length)
 
     def needs(of: Run) -> _Needs:
         now = given if length is None else replace(given, data=made_up(of, given.data.template.mode, length))
-        return _needs(of, now, on_cpu=on_cpu, answers=answers and of is run)
+        return _needs(of, now, where, answers=answers and of is run)
 
     found = needs(run)
     made = Plan(
         base=run.base,
         method=run.method.name,
-        precision=_precision(run, on_cpu),
-        device=name,
-        room=space,
+        precision=_precision(run, where),
+        device=where.name,
+        room=where.room,
         rows=found.rows,
         tokens=found.tokens,
         total=found.total,
         trainable=found.trainable,
         training=found.memory,
         inference=found.inference,
-        notes=tuple(_notes(run, on_cpu)),
+        notes=tuple(_notes(run, where)),
     )
     if made.fits or not changes:
         return made
-    return replace(made, changes=tuple(itertools.islice(_changes(run, found, needs, space), OFFERED)))
+    return replace(made, changes=tuple(itertools.islice(_changes(run, found, needs, where), changes)))
 
 
 def _read(run: Run, length: int | None) -> Given:
@@ -145,31 +147,35 @@ def _read(run: Run, length: int | None) -> Given:
         return Given(config=config, tokenizer=None, data=data)
 
 
-def _needs(run: Run, given: Given, *, on_cpu: bool, answers: bool) -> _Needs:
+def _needs(run: Run, given: Given, where: Device, *, answers: bool) -> _Needs:
     data, settings = given.data, run.train
     mode = data.template.mode
-    dtype = DTYPES[run.precision if run.precision in DTYPES else _computes(on_cpu)]
+    dtype = DTYPES[run.precision if run.precision in DTYPES else _computes(where)]
     model = shapes_of(run, given, dtype)
     counts = describe(model)
     batch = heaviest(run, data, model, given.tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0))
     with checkpointing(model, settings.gradient_checkpointing):
         memory, arithmetic = training(
-            model, batch, optimizer=settings.optimizer, accumulate=settings.accumulate, on_cpu=on_cpu
+            model,
+            batch,
+            optimizer=settings.optimizer,
+            accumulate=settings.accumulate,
+            on_cpu=where.on_cpu,
+            compute=torch.bfloat16 if settings.compute == "bf16" else None,
         )
     inference = None
     if answers and mode != "classification":
         longest = max(len(row.input_ids) for row in data.train)
-        inference = answering(model, settings.batch_size, longest, ANSWER, on_cpu=on_cpu)
-    beside = 0 if on_cpu else CONTEXT
+        inference = answering(model, settings.batch_size, longest, ANSWER, on_cpu=where.on_cpu)
     less = quantized_away(model, run.precision) if run.precision in QUANTIZED else 0
-    memory = replace(memory, weights=memory.weights - less, other=memory.other + beside)
+    memory = replace(memory, weights=memory.weights - less, other=memory.other + where.context)
     if inference is not None:
-        inference = replace(inference, weights=inference.weights - less, other=inference.other + beside)
+        inference = replace(inference, weights=inference.weights - less, other=inference.other + where.context)
     rows = len(batch.get("segments") or batch["input_ids"])
     return _Needs(memory, inference, rows, batch["input_ids"].numel(), counts.total, counts.trainable, arithmetic)
 
 
-def _changes(run: Run, now: _Needs, needs: Any, space: int) -> Iterator[Change]:
+def _changes(run: Run, now: _Needs, needs: Any, where: Device) -> Iterator[Change]:
     """Of each kind of change the smallest that fits, the kinds that cost least first."""
 
     def tried(settings: dict[str, Any]) -> Change | None:
@@ -177,22 +183,28 @@ def _changes(run: Run, now: _Needs, needs: Any, space: int) -> Iterator[Change]:
             found = needs(_with(run, settings))
         except (ConfigError, SiteError):
             return None  # a method that these settings cannot have
-        if found.memory.total > space * MARGIN:
+        if found.memory.total > where.room * MARGIN:
             return None
         return Change(settings=settings, total=found.memory.total, price=_price(settings, found, now))
 
     batches = list(_batches(run))
-    for kind in _kinds(run):
-        *larger, last = [kind | batch for batch in batches if kind or batch] or [{}]
-        if not last or tried(last) is None:
-            continue
-        yield next(change for change in map(tried, [*larger, last]) if change is not None)
+    for kind in _kinds(run, where):
+        found = _first([kind | batch for batch in batches if kind or batch], tried)
+        if found is not None:
+            yield found
 
 
-def _kinds(run: Run) -> Iterator[dict[str, Any]]:
+def _first(settings: list[dict[str, Any]], tried: Callable[[dict[str, Any]], Change | None]) -> Change | None:
+    """The first that fits, where after it all do: each needs less than the one before it."""
+    change = functools.cache(lambda number: tried(settings[number]))
+    number = bisect.bisect_left(range(len(settings)), True, key=lambda each: change(each) is not None)
+    return change(number) if number < len(settings) else None
+
+
+def _kinds(run: Run, where: Device) -> Iterator[dict[str, Any]]:
     again = [] if run.train.gradient_checkpointing else [{"train.gradient_checkpointing": True}]
     smaller: list[dict[str, Any]] = [{}]
-    if _precision(run, on_cpu=True) == "fp32":
+    if where.bf16 and _precision(run, where) == "fp32":
         smaller.append({"precision": "bf16"})
     if run.precision != "nf4":
         smaller.append({"precision": "nf4"})
@@ -235,13 +247,13 @@ def _price(settings: dict[str, Any], found: _Needs, now: _Needs) -> str:
     return ", ".join(parts)
 
 
-def _precision(run: Run, on_cpu: bool) -> str:
+def _precision(run: Run, where: Device) -> str:
     """As the run says it; auto as `load_base` takes it."""
-    return run.precision if run.precision != "auto" else _computes(on_cpu)
+    return run.precision if run.precision != "auto" else _computes(where)
 
 
-def _computes(on_cpu: bool) -> str:
-    return "bf16" if not on_cpu or base.computes_bf16("cpu") else "fp32"
+def _computes(where: Device) -> str:
+    return "bf16" if where.bf16 else "fp32"
 
 
 def _mode(run: Run, config: Any) -> str:
@@ -251,12 +263,22 @@ def _mode(run: Run, config: Any) -> str:
     return "seq2seq" if config.is_encoder_decoder else "causal"
 
 
-def _notes(run: Run, on_cpu: bool) -> Iterator[str]:
-    if run.train.compute == "bf16":
-        yield "autocast is not in the prediction: activations are counted in the base's own precision"
-    if run.train.trunk_cache:
+def _notes(run: Run, where: Device) -> Iterator[str]:
+    settings = run.train
+    if "bf16" in (run.precision, settings.compute) and not where.bf16:
+        yield f"{where.name} does not compute in bf16, and training would refuse it there; use fp32 or auto"
+    if run.method.wants_batches():
+        yield "of the method's start from data, its gradients are in the prediction, its forward and backward are not"
+    if settings.on_forgetting == "regularise":
+        yield "the second forward of train.on_forgetting: regularise is not in the prediction"
+    if run.data.general is not None:
+        yield "the batches of data.general are not in the prediction"
+    if (settings.eval_batch_size or 0) > settings.batch_size:
+        yield "evaluation in larger batches (train.eval_batch_size) is not in the prediction"
+    if settings.trunk_cache:
         yield "the states that train.trunk_cache may keep are not in the prediction: at most a quarter of what is free"
-    if run.train.compile:
+    if settings.compile:
         yield "train.compile is not in the prediction"
-    if not on_cpu:
-        yield "no GPU has measured this prediction; CUDA's own part is taken as 600 MB"
+    if not where.on_cpu:
+        taken = f"; CUDA's own part is taken as {CONTEXT / 2**20:.0f} MB" if where.context else ""
+        yield f"no GPU has measured this prediction{taken}"

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import set_seed
 
 from graft import base
-from graft.planning.memory import bytes_of
 from graft.train import run as running
+from graft.train import state as states
 from graft.train.config import Run
 from graft.train.guards import checkpointing, enough_memory
 from graft.train.setup import check_data, check_settings, open_model, read_data, schedule_of
@@ -54,6 +54,7 @@ def probe(run: Run) -> Probe:
     check_data(run, data)
     schedule = schedule_of(run, data)
     set_seed(run.seed)
+    before = alive()
     model = open_model(run, data, tokenizer)
     with (
         tempfile.TemporaryDirectory(prefix="graft-probe-") as scratch,
@@ -65,10 +66,11 @@ def probe(run: Run) -> Probe:
         rows = schedule.longest(flat=trainer.data_collator.inner.packed)
         batch = trainer.data_collator([data.train[i] for i in rows])
         with enough_memory(trainer.args, len(rows)):
-            return _measure(trainer, batch, schedule.steps)
+            trainer.start = states.starting(model)  # which training keeps from its first step to its last
+            return _measure(trainer, batch, schedule.steps, before)
 
 
-def _measure(trainer: Any, batch: dict[str, Any], steps: int) -> Probe:
+def _measure(trainer: Any, batch: dict[str, Any], steps: int, before: int) -> Probe:
     model, optimizer = trainer.model, trainer.create_optimizer()
     model.train()
     cuda = trainer.args.device.type == "cuda"
@@ -84,7 +86,11 @@ def _measure(trainer: Any, batch: dict[str, Any], steps: int) -> Probe:
         optimizer.step()
         model.zero_grad()
 
-    beside = 0 if cuda else peak(batches)
+    beside = 0
+    if cuda:
+        batches()
+    else:
+        beside = peak(batches)
     rest()
     if cuda:
         torch.cuda.synchronize()
@@ -97,9 +103,19 @@ def _measure(trainer: Any, batch: dict[str, Any], steps: int) -> Probe:
     seconds = time.perf_counter() - start
     if cuda:
         return Probe(seconds=seconds, peak=torch.cuda.max_memory_allocated(), steps=steps)
-    state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
-    standing = bytes_of([*model.parameters(), *model.buffers(), *state])
-    return Probe(seconds=seconds, peak=standing + beside, steps=steps)
+    trainer.losses.clear()
+    return Probe(seconds=seconds, peak=alive() - before + beside, steps=steps)
+
+
+def alive() -> int:
+    """Bytes of all tensors that Python knows of, each storage once, whoever holds them."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.Tensor) and each.layout == torch.strided and not each.is_meta:
+            storage = each.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
 
 
 def peak(run: Callable[[], Any]) -> int:

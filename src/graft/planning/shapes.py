@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from graft.fast import devices
 
@@ -55,7 +55,7 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         if kwargs.get("device") is not None:
             kwargs["device"] = self._place(func, tensors, kwargs)
         if len({tensor.is_meta for tensor in tensors}) == 2:
@@ -67,9 +67,9 @@ class Shapes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.overloadpacket in PAIRS and devices.is_cpu(META):
             self.reach(self.total + _casts(tensors))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.is_meta:
-                self.see(leaf)
+        for tensor in _tensors((out,)):
+            if tensor.is_meta:
+                self.see(tensor)
         return out
 
     def see(self, tensor: Tensor) -> None:
@@ -116,6 +116,15 @@ class Shapes(TorchDispatchMode):
         return torch.device("cpu") if real and not any(t.is_meta for t in tensors) else META
 
 
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among an operation's arguments or results, which may be in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 def _sums_gradients(args: Any) -> bool:
     """Whether autograd itself adds a gradient to another, which it does in place where nobody else has the first."""
     frame: Any = sys._getframe(2)
@@ -137,12 +146,35 @@ def _on_meta(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def kernels(on_cpu: bool) -> Iterator[None]:
-    """Inside, attention keeps what the fused kernels of a CPU, or of a GPU, keep."""
-    real = F.scaled_dot_product_attention
+def kernels(on_cpu: bool, compute: torch.dtype | None = None) -> Iterator[dict[int, Tensor]]:
+    """Inside, attention keeps what the fused kernels of a CPU, or of a GPU, keep.
+
+    Args:
+        compute: the dtype that autocast gives products; None without it.
+
+    Yields:
+        What autocast keeps until it ends: the casts of what trains. Whoever ends a forward empties it.
+    """
+    real, product = F.scaled_dot_product_attention, F.linear
+    casts: dict[int, Tensor] = {}
+
+    def cast(value: Any) -> Any:
+        dtype = devices.autocast_of(META)
+        if dtype is None or not isinstance(value, Tensor) or not (value.is_meta and value.is_floating_point()):
+            return value
+        forward = torch._C._current_graph_task_id() == -1  # blocks that run again in a backward autocast alone
+        if value.is_leaf and value.requires_grad and value.dtype != dtype and forward:
+            if id(value) not in casts:
+                casts[id(value)] = value.to(dtype)
+            return casts[id(value)]
+        return value.to(dtype)
+
+    def linear(*args: Any, **options: Any) -> Any:
+        return product(*map(cast, args), **{name: cast(value) for name, value in options.items()})
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Any:
         dropout = args[0] if args else options.get("dropout_p", 0.0)
+        query, key, value = cast(query), cast(key), cast(value)
         if not query.is_meta or (on_cpu and _composed(query, value, attn_mask, dropout)):
             return real(query, key, value, attn_mask, *args, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels add it, and so keep it as numbers
@@ -150,12 +182,12 @@ def kernels(on_cpu: bool) -> Iterator[None]:
         return _Kernel.apply(query, key, value, attn_mask)
 
     # a TorchFunctionMode would not be there in a backward, where checkpointed blocks run again
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention, F.linear = attention, linear
     try:
-        with devices.as_cpu() if on_cpu else contextlib.nullcontext():
-            yield
+        with devices.as_cpu() if on_cpu else contextlib.nullcontext(), devices.autocast(META, compute):
+            yield casts
     finally:
-        F.scaled_dot_product_attention = real
+        F.scaled_dot_product_attention, F.linear = real, product
 
 
 def _composed(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
