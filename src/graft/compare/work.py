@@ -192,10 +192,10 @@ def _trained(result: Result) -> Row:
     }
 
 
-def _score(result: Result, metric: str | None) -> float:
+def _score(result: Result, metric: str) -> float:
     """Of a trial, the higher the better."""
     metrics = result.metrics
-    if metric == "accuracy" or (metric is None and "eval_accuracy" in metrics):
+    if metric == "accuracy":
         if "eval_accuracy" not in metrics:
             raise TrainingError("search.metric: accuracy is for classification heads; leave it out")
         return metrics["eval_accuracy"] - 1e-6 * metrics["eval_loss"]  # equal accuracies are told apart by the loss
