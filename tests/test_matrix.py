@@ -19,7 +19,7 @@ from scipy import stats
 
 from graft.base import load_base, load_tokenizer
 from graft.compare import matrix
-from graft.compare.cells import near_chance, summary, welch
+from graft.compare.cells import near_chance, summary, t_and_p
 from graft.compare.matrix import load_matrix, make_matrix, run_matrix
 from graft.compare.matrix_page import matrix_html, write_page
 from graft.data.rows import load_rows
@@ -323,7 +323,7 @@ def test_intervals_and_tests_by_hand_and_scipy() -> None:
     right = stats.ttest_ind(b, a, equal_var=False)
     (cell,) = planted(a, b)["cells"]
     assert (cell["t"], cell["p"]) == pytest.approx((right.statistic, right.pvalue), rel=1e-9)
-    assert welch([0.5, 0.5], [0.7, 0.7]) == (None, None) and welch([0.5], [0.7, 0.8]) == (None, None)
+    assert t_and_p([0.5, 0.5], [0.7, 0.7]) == (None, None) and t_and_p([0.5], [0.7, 0.8]) == (None, None)
 
 
 def test_pages(tmp_path: Path) -> None:

@@ -45,6 +45,17 @@ _T5 = {
     "num_heads": 4,
     "decoder_start_token_id": PAD,
 }
+MT0_LARGE = {
+    "vocab_size": 250112,
+    "d_model": 1024,
+    "d_kv": 64,
+    "num_heads": 16,
+    "d_ff": 2816,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
+"""The shape of mt0-large, which is counted and never made."""
 _FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False}
 
 # name -> (model class, config class, config)

@@ -152,15 +152,15 @@ def explain(error: ValidationError, settings: dict[str, Any], model: type[BaseMo
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}{more}"
 
 
-def flat(settings: Any, key: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys; of lists, by numbers."""
-    if isinstance(settings, list | tuple):
+def flat(settings: Any, key: str = "", *, lists: bool = True) -> dict[str, Any]:
+    """Nested settings by dotted keys; of lists, by numbers, unless a list is to stay whole."""
+    if lists and isinstance(settings, list | tuple):
         settings = {str(number): each for number, each in enumerate(settings)} or []
     if not isinstance(settings, dict) or not settings:
         return {key: settings}
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= flat(value, f"{key}.{name}" if key else str(name))
+        found |= flat(value, f"{key}.{name}" if key else str(name), lists=lists)
     return found
 
 

@@ -157,9 +157,18 @@ def test_only_what_must_be_there(tmp_path: Path) -> None:
 def test_odd_letters_in_pictures(tmp_path: Path) -> None:
     """Dollars are no formula, a leading underscore hides nothing, and a missing glyph is no error."""
     made = comparison(1)
-    for one, label in zip(made["entries"], ("$\\frac$", "_hidden", "模型", "a\nb", ""), strict=False):
+    whole(tmp_path / "plain", made)
+    for one, label in zip(made["entries"], ("$\\frac$", "_hidden", "模型", "ab", ""), strict=False):
         one["label"] = label
-    whole(tmp_path, made)
+    whole(tmp_path / "odd", made)
+    for name in ("pareto.svg", "curves.svg"):
+        plain, odd = (ElementTree.parse(tmp_path / each / name).getroot() for each in ("plain", "odd"))
+        assert _texts(odd) == _texts(plain) > 3, name
+
+
+def _texts(picture: ElementTree.Element) -> int:
+    """How many texts a picture of matplotlib has; an empty one is none."""
+    return sum(group.get("id", "").startswith("text_") for group in picture.iter())
 
 
 def test_the_same_comparison_gives_the_same_files(tmp_path: Path) -> None:

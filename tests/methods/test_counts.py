@@ -11,6 +11,7 @@ from torch import nn
 
 import graft
 from graft.method import CopyDelta, Method
+from tiny import MT0_LARGE
 
 _GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12}
 _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
@@ -51,16 +52,6 @@ _QWEN_HALF = {
 }
 _T5_BASE = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 2}
-_MT0 = {
-    "vocab_size": 250112,
-    "d_model": 1024,
-    "d_kv": 64,
-    "num_heads": 16,
-    "d_ff": 2816,
-    "num_layers": 24,
-    "num_decoder_layers": 24,
-    "feed_forward_proj": "gated-gelu",
-}
 _LLAMA_3 = {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
 
 # name -> (class, config class, config)
@@ -77,7 +68,7 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen2.5-7B": ("Qwen2ForCausalLM", "Qwen2Config", _QWEN_7B),
     "t5-base": ("T5ForConditionalGeneration", "T5Config", _T5_BASE),
     "bart-large": ("BartForConditionalGeneration", "BartConfig", _BART_LARGE),
-    "mt0-large": ("MT5ForConditionalGeneration", "MT5Config", _MT0),
+    "mt0-large": ("MT5ForConditionalGeneration", "MT5Config", MT0_LARGE),
 }
 
 QV, ALL = graft.LoRA(rank=8), graft.LoRA(rank=8, targets="all-linear")

@@ -28,19 +28,12 @@ from graft.planning.probe import peak
 from graft.train.config import Run, make_run, settings_of
 from graft.train.run import train
 from graft.train.setup import open_model, padding_free, read_data
-from tiny import MODELS, tiny
+from tiny import MODELS, MT0_LARGE, tiny
 
 MT0 = {
     "model_type": "mt5",
     "architectures": ["MT5ForConditionalGeneration"],
-    "vocab_size": 250112,
-    "d_model": 1024,
-    "d_kv": 64,
-    "num_heads": 16,
-    "d_ff": 2816,
-    "num_layers": 24,
-    "num_decoder_layers": 24,
-    "feed_forward_proj": "gated-gelu",
+    **MT0_LARGE,
     "tie_word_embeddings": False,
     "decoder_start_token_id": 0,
     "pad_token_id": 0,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from graft.compare.statistics import interval, welch
 
 LEVEL = 0.05
 NAMES = {"icl": "ICL", "icl_calibrated": "ICL calibrated", "zero_shot": "zero-shot"}
@@ -53,15 +53,10 @@ def summary(
     return found
 
 
-def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float | None]:
+def t_and_p(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float | None]:
     """(t, p) of Welch's test of a against b, two-sided; None with fewer than two values, or no variance at all."""
-    from scipy import stats
-
-    if min(len(a), len(b)) < 2 or (max(a) == min(a) and max(b) == min(b)):
-        return None, None
-    moments = [number for each in (a, b) for number in (statistics.fmean(each), statistics.stdev(each), len(each))]
-    found = stats.ttest_ind_from_stats(*moments, equal_var=False)
-    return float(found.statistic), float(found.pvalue)
+    found = welch(a, b)
+    return (None, None) if found is None or found.t is None else (found.t, found.p)
 
 
 def near_chance(interval: dict[str, Any], rarest: float, commonest: float) -> bool:
@@ -73,13 +68,12 @@ def _mean(values: Sequence[float], rows: int) -> dict[str, float]:
     """The mean over the seeds and its 95 % interval (Student's t); of one value the interval over rows (Wilson)."""
     from scipy import stats
 
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        found = stats.binomtest(round(mean * rows), rows).proportion_ci(1 - LEVEL, method="wilson")
-        return {"mean": mean, "low": float(found.low), "high": float(found.high)}
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    found = interval(values, 1 - LEVEL)
+    assert found is not None
+    if found.low is not None and found.high is not None:
+        return {"mean": found.mean, "low": found.low, "high": found.high}
+    shares = stats.binomtest(round(found.mean * rows), rows).proportion_ci(1 - LEVEL, method="wilson")
+    return {"mean": found.mean, "low": float(shares.low), "high": float(shares.high)}
 
 
 def _cells(accuracies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +83,7 @@ def _cells(accuracies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for column in accuracies if row["approach"] in IN_CONTEXT else ():
             same = (row["test"], row["pattern"]) == (column["test"], column["pattern"])
             if same and column["approach"] not in NAMES:
-                t, p = welch(column["values"], row["values"])
+                t, p = t_and_p(column["values"], row["values"])
                 cell: dict[str, Any] = {
                     "test": row["test"],
                     "pattern": row["pattern"],

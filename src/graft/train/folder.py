@@ -6,12 +6,12 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from graft.disk import LOCK, write_text
 from graft.errors import ConfigError
+from graft.settings import flat
 from graft.train.config import Run, make_run
 from graft.train.setup import Data
 
@@ -43,12 +43,11 @@ def place(run: Run, fresh: bool) -> Path:
 
 def _check_same(settings: Path, run: Run) -> None:
     try:
-        before = _flat(
-            make_run(yaml.safe_load(settings.read_text(encoding="utf-8")), str(settings)).model_dump(mode="json")
-        )
+        stored = make_run(yaml.safe_load(settings.read_text(encoding="utf-8")), str(settings))
+        before = flat(stored.model_dump(mode="json"), lists=False)
     except (ConfigError, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"output: the settings in {settings} cannot be read ({error}); use --fresh") from None
-    now = _flat(run.model_dump(mode="json"))
+    now = flat(run.model_dump(mode="json"), lists=False)
     for key in [*before, *now]:
         if key != "output" and before.get(key) != now.get(key):
             raise ConfigError(
@@ -93,13 +92,3 @@ def undone(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-
-
-def _flat(settings: Any, key: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys."""
-    if not isinstance(settings, dict) or not settings:
-        return {key: settings}
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{key}.{name}" if key else str(name))
-    return found
