@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import graft
 from graft.method import from_dict
 from graft.routes import entry_of
+from graft.settings import read_yaml
 from tiny import tiny
 
 
@@ -46,3 +48,27 @@ def test_weights_and_dials_are_finite(weight: float) -> None:
     adapter = graft.attach(tiny("llama"), graft.LoRA(rank=2), "a")
     with pytest.raises(graft.RouteError, match="give a finite number"):
         adapter.scale = weight
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "why"),
+    [
+        ("methods: [lora]", "run", "with the key 'methods' it is a comparison, for `graft compare`, and not a run"),
+        ("sources: []", "run", "with the key 'sources' it is a recipe, for `graft data`, and not a run"),
+        ("sources: []", "comparison", "with the key 'sources' it is a recipe, for `graft data`, and not a comparison"),
+        ("", "run", "expected keys such as base, not nothing: the file is empty"),
+        ("- base", "run", "expected keys such as base, not list"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, text: str, what: str, why: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(graft.ConfigError) as caught:
+        read_yaml(file, what, "base")
+    assert str(caught.value) == f"{file}: {why}"
+
+
+def test_a_recipe_is_read_where_a_run_or_a_recipe_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("sources: []")
+    assert read_yaml(file, "run or recipe", "base or sources") == {"sources": []}

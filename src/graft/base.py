@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -335,5 +336,8 @@ def _one_line(path: str | Path, what: str = "base") -> Iterator[None]:
         if "trust_remote_code" in text:
             text = "it needs code from its own repository, which is never run; use a model that transformers has"
         elif isinstance(error, OSError) and not Path(path).expanduser().exists():
-            text = f"neither a folder here nor on the hub, or the hub cannot be reached ({text[:120]})"
-        raise ConfigError(f"{what} {path}: {text[:300]}") from error
+            why = textwrap.shorten(text, 120, placeholder=" ...")
+            text = f"neither a folder here nor on the hub, or the hub cannot be reached ({why})"
+            if str(path).startswith((".", "/", "~")):
+                text = "no such folder"
+        raise ConfigError(f"{what} {path}: {textwrap.shorten(text, 300, placeholder=' ...')}") from error

@@ -48,6 +48,8 @@ S = typing.TypeVar("S", bound=Settings)
 DEFAULT_METHOD = "lora"
 SHORT = {"method": "method", "template": "kind"}
 """Keys whose settings may be written as one word, and which of the settings that word is."""
+KINDS = {"methods": ("comparison", "graft compare"), "sources": ("recipe", "graft data")}
+"""Keys that tell what a YAML file is, and the verb that reads it."""
 
 
 def read_yaml(path: str | Path, what: str, keys: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,7 +71,11 @@ def read_yaml(path: str | Path, what: str, keys: str, overrides: Sequence[str] =
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected keys such as {keys}, not {type(settings).__name__}")
+        found = "nothing: the file is empty" if settings is None else type(settings).__name__
+        raise ConfigError(f"{path}: expected keys such as {keys}, not {found}")
+    for key, (other, verb) in KINDS.items():
+        if key in settings and other not in what:
+            raise ConfigError(f"{path}: with the key {key!r} it is a {other}, for `{verb}`, and not a {what}")
     for each in overrides:
         override(settings, each)
     return settings

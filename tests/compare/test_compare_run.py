@@ -213,6 +213,17 @@ def test_a_start_that_only_measures_keeps_the_peak(settings: Callable[..., Compa
     assert json.loads(row.read_text())["peak_bytes"] == peak
 
 
+@pytest.mark.parametrize("text", ["{half", "[]", "{}", '{"status": "ok"}'])
+def test_a_row_that_is_none_is_refused_by_its_file(settings: Callable[..., Compare], here: Here, text: str) -> None:
+    asked = settings(methods=["ia3"], seeds=1, search={"lrs": [1e-2]}, baselines={"full": False, "icl": False})
+    compare(asked, console=QUIET)
+    row = Path(here.done[0]["folder"]) / "row.json"
+    row.write_text(text)
+    with pytest.raises(ConfigError, match=r"cannot be read.*remove it, and its run is done again") as caught:
+        compare(asked, console=QUIET)
+    assert str(caught.value).startswith(str(row)) and "\n" not in str(caught.value)
+
+
 def test_bad_data_is_said_once_and_nothing_is_written(settings: Callable[..., Compare], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing"):
         compare(settings(data={"train": str(tmp_path / "nothing.jsonl"), "eval": 0.1}), console=QUIET)

@@ -182,11 +182,14 @@ def read_row(unit: Unit) -> Row | None:
     """What came of a unit, if it is done."""
     file = Path(unit["folder"]) / ROW
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        row = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(row, dict) or not {"kind", "status", "why"} <= set(row):
+            raise ValueError("it is no row of a run")
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); remove it, and its run is done again") from None
+    return row
 
 
 def slug(label: str) -> str:
