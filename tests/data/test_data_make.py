@@ -139,6 +139,15 @@ def test_a_repeated_row_stands_once_in_evaluation_and_on_one_side() -> None:
     assert not train & held and len(lines("out/eval.jsonl")) == len(held) == 8
 
 
+def test_no_row_is_left_out_when_rows_may_repeat() -> None:
+    sources = []
+    for name, count, weight in (("a", 1, 1), ("b", 17, 3)):  # 22.67 rows: 22 would be 5.5 and 16.5, so 6 and 16
+        rows = [{"prompt": f"{name}{i}", "completion": "x"} for i in range(count)]
+        sources.append({"data": write(f"{name}.jsonl", rows), "weight": weight})
+    made = make(recipe(sources=sources, repeat=True))
+    assert [source["taken"] for source in made.report["sources"]] == [6, 17]
+
+
 def sentences(*texts: str) -> list[Any]:
     return load_rows(write("s.jsonl", [{"prompt": text, "completion": "x"} for text in texts]))
 
@@ -174,8 +183,8 @@ def test_test_questions_are_left_out() -> None:
     made = make(recipe(against=[write("test.jsonl", test)]))
     assert {row["row"] for row in lines("out/train.jsonl")} == set(range(1, 41)) - {4, 6}
     assert made.report["against"] == {"test.jsonl": 2}
-    rows = load_rows("reviews.jsonl")
-    assert contaminated(rows, [each["sentence"] for each in test], None) == {3}
+    texts = [[row.text] for row in load_rows("reviews.jsonl")]
+    assert contaminated(texts, [each["sentence"] for each in test], None) == {3}
 
 
 @pytest.mark.parametrize("group", [None, "film"])

@@ -119,6 +119,12 @@ BAD_FILES = [
     ("wrong.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: not valid JSON"),
     ("wrong.json", '[\n{"prompt": "a",]', "line 2, column 16"),
     ("object.json", '{"rows": []}', "expected a list of objects"),
+    ("half.jsonl", '{"text": "a"}\n{"text": "b \\ud83d"}\n', "half.jsonl row 2: half a character (\\ud83d)"),
+    (
+        "half.json",
+        '[{"text": "a"}, {"text": "\\ud83d\\ude00", "\\uDE00": 1}]',
+        "half.json row 2: half a character (\\ude00)",
+    ),
     ("list.jsonl", "[1]\n", "row 1: expected a JSON object"),
     ("latin.jsonl", b'{"text": "caf\xe9"}\n', "line 1: not UTF-8"),
     ("latin.csv", b"text\ncaf\xe9\n", "not UTF-8"),

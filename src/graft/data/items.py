@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from graft.data.read import near, records
 from graft.data.recipe import AgainstSettings, PromptTemplate, Recipe, SourceSettings
-from graft.data.rows import ALIASES, Message, Row, load_rows
-from graft.data.tasks import TASKS, Task, fill, task_for
+from graft.data.rows import ALIASES, ROLES, Message, Row, adapter_name, load_rows
+from graft.data.tasks import TASKS, Task, columns_of, fill, task_for
 from graft.errors import ConfigError, DataError
 
 
@@ -38,6 +38,10 @@ class Item:
         if form == "messages":
             turns = (*self.messages, Message("assistant", self.completion or ""))
             said = {"messages": [turn._asdict() for turn in turns]}
+        if self.row.references and self.completion == self.row.completion:
+            said["references"] = list(self.row.references)
+        if self.row.adapter is not None:
+            said["adapter"] = self.row.adapter
         return said | {"source": self.source, "row": self.row.index, "template": self.template} | dict(self.provenance)
 
 
@@ -46,6 +50,39 @@ def question(row: Row) -> str:
     if row.form == "chat":
         return "\n".join(turn.content for turn in row.messages[:-1] if turn.role != "system")
     return row.question.replace("\x1f", "\n")
+
+
+class Manner(NamedTuple):
+    """What decides, beside a row's question and answer, what is asked of it."""
+
+    how: str = ""
+    """The templates, the words for labels, the system message and the adapter."""
+    shown: tuple[str, ...] = ()
+    """The columns that the templates show."""
+
+
+def manners(source: SourceSettings, rows: Sequence[Row], recipe: Recipe) -> list[Manner]:
+    """How each row of a source is asked."""
+    if not rows:
+        return []
+    texts = _texts(templates_of(source, rows))
+    how = [texts, dict(_words(source, rows).verbalizer)]
+    if source.answer == "endpoint" and recipe.generate is not None:
+        texts.append(recipe.generate.prompt or "")
+    names = _columns(texts)
+    found = []
+    for row in rows:
+        system = [turn.content for turn in row.messages if turn.role == "system"] or source.system
+        shown = tuple(str(row.fields.get(name, "")) for name in names)
+        found.append(Manner(json.dumps([*how, system, row.adapter]), shown))
+    return found
+
+
+def compared(source: SourceSettings, row: Row) -> list[str]:
+    """The texts of a row that must not stand in a test set: its question, and what templates make its answer."""
+    if any(isinstance(each, PromptTemplate) for each in source.templates or ()) and row.completion:
+        return [question(row), *row.completion.split("\x1f")]
+    return [question(row)]
 
 
 def read_source(source: SourceSettings) -> list[Row]:
@@ -68,18 +105,22 @@ def read_source(source: SourceSettings) -> list[Row]:
 
 
 def read_questions(against: AgainstSettings) -> list[str]:
-    """The questions of a test set, whose rows may have no answers."""
-    found = []
+    """The questions of a test set, read as a source's; its rows may have no answers."""
+    try:
+        return [question(row) for row in load_rows(against.data, split=against.split, columns=against.columns)]
+    except DataError:  # which the next lines raise as well, unless answers are all that it lacks
+        found = []
     for number, record in records(against.data, against.split):
         where = f"{against.data} row {number}"
         fields = _fields(record, against.columns, where)
         if isinstance(fields.get("messages"), list):
             turns = [turn for turn in fields["messages"] if isinstance(turn, dict)]
-            if turns and _role(turns[-1]) in ("assistant", "gpt"):
+            if turns and _role(turns[-1]) == "assistant":
                 turns = turns[:-1]
             found.append("\n".join(str(t.get("content", t.get("value"))) for t in turns if _role(t) != "system"))
         else:
-            found.append(_asked(fields, where, "against columns"))
+            asked, context = _asked(fields, against.columns, where, "against columns")
+            found.append(f"{asked}\n{context}" if context else asked)
     if not found:
         raise DataError(f"{against.data}: no rows; give a file with at least one row")
     return found
@@ -91,7 +132,7 @@ def templates_of(source: SourceSettings, rows: Sequence[Row]) -> list[str | Prom
         return list(source.templates)
     if source.task is not None:
         return list(TASKS[source.task].templates)
-    return list(task_for(rows).templates) if rows[0].form == "label" else []
+    return list(task_for(rows).templates) if rows and rows[0].form == "label" else []
 
 
 def render(source: SourceSettings, rows: Sequence[Row], recipe: Recipe, every: bool = False) -> list[Item]:
@@ -195,30 +236,57 @@ def _fields(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -
 
 
 def _free_row(source: SourceSettings, number: int, fields: dict[str, Any]) -> Row:
-    """A row of any columns: its question is what the prompts show of it, its answer what the completions show."""
+    """A row of any columns: its question is what the templates show of it, its answer what the completions show."""
     row = Row(form="prompt", index=number, source=source.data, fields=fields)
+    row = dataclasses.replace(row, adapter=adapter_name(fields.get("adapter"), None, row.where))
     templates = source.templates or (list(TASKS[source.task].templates) if source.task else [])
     if not templates:
-        asked = _asked(fields, row.where, f"sources {source.called} columns")
-        return dataclasses.replace(row, prompt=asked.replace("\n", "\n\n", 1) if "context" in fields else asked)
+        asked, context = _asked(fields, source.columns, row.where, f"sources {source.called} columns")
+        return dataclasses.replace(row, prompt=asked, context=context)
+    texts = _texts(templates)
+    for text in texts:
+        fill(text, row)
     prompts = [each if isinstance(each, str) else each.prompt for each in templates]
-    names = dict.fromkeys(name for prompt in prompts for _, name, _, _ in string.Formatter().parse(prompt) if name)
     answers = [fill(each.completion, row) for each in templates if isinstance(each, PromptTemplate)]
-    for prompt in prompts:
-        fill(prompt, row)
-    shown = "\n".join(str(fields[name]) for name in sorted(names))
-    return dataclasses.replace(row, prompt=shown, completion="\n".join(dict.fromkeys(answers)))
+    asked = _known({str(fields[name]) for name in _columns(texts)}, fields)
+    asked = asked or "\n".join(str(fields[name]) for name in _columns(prompts))
+    return dataclasses.replace(row, prompt=asked, completion="\x1f".join(dict.fromkeys(answers)))
 
 
-def _asked(fields: Mapping[str, Any], where: str, option: str) -> str:
-    """The question of a record without an answer."""
-    for names in (("prompt", "context"), ("instruction", "context"), ("premise", "hypothesis"), ("text",)):
-        if isinstance(fields.get(names[0]), str):
-            return "\n".join(str(fields[name]) for name in names if fields.get(name))
+def _texts(templates: Sequence[str | PromptTemplate]) -> list[str]:
+    """The prompts and completions of templates."""
+    pairs = ([each] if isinstance(each, str) else [each.prompt, each.completion] for each in templates)
+    return [text for pair in pairs for text in pair]
+
+
+def _columns(texts: Sequence[str]) -> list[str]:
+    return sorted({name for text in texts for name in columns_of(text)})
+
+
+QUESTIONS = {"prompt": None, "instruction": "context", "premise": "hypothesis", "text": None}
+"""Columns that ask, the first that is there, and what each has beside it: as `load_rows` reads them."""
+
+
+def _known(shown: set[str], fields: Mapping[str, Any]) -> str:
+    """The question of a test set's kind, as far as templates show it: of a text and its aspect only the text."""
+    for name, beside in QUESTIONS.items():
+        parts = [str(fields[each]) for each in (name, beside) if each and fields.get(each)]
+        if str(fields.get(name)) in shown:
+            return "\n".join(part for part in parts if part in shown)
+    return ""
+
+
+def _asked(fields: Mapping[str, Any], columns: Mapping[str, str], where: str, option: str) -> tuple[str, str]:
+    """(the question, its context) of a record without an answer."""
+    for name in sorted(QUESTIONS, key=lambda name: name not in columns):
+        if isinstance(fields.get(name), str):
+            beside = str(fields.get(QUESTIONS[name] or "") or "")
+            return (f"{fields[name]}\n{beside}", "") if name == "premise" and beside else (fields[name], beside)
     there = ", ".join(map(str, fields)) or "none"
     raise DataError(f"{where}: no prompt, instruction or text in columns {there}; name one with {option}")
 
 
 def _role(turn: Mapping[str, Any]) -> Any:
-    """Who speaks, in OpenAI's form or ShareGPT's."""
-    return turn.get("role", turn.get("from"))
+    """Who speaks, in OpenAI's names."""
+    role = turn.get("role", turn.get("from"))
+    return ROLES.get(role, role) if isinstance(role, str) else role

@@ -13,20 +13,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from graft.data.generate import Generated, Progress, asked_of, generate
 from graft.data.items import Item, read_questions, read_source, render, templates_of
 from graft.data.journal import Journal
-from graft.data.mixing import Taken, contaminated, mix, repeated, split
-from graft.data.recipe import OPERATIONAL, AgainstSettings, Recipe, make_recipe
+from graft.data.make_report import in_words, made_report
+from graft.data.mixing import Taken, mix, split
+from graft.data.pool import Pool, pooled
+from graft.data.recipe import FILTERS, OPERATIONAL, AgainstSettings, Recipe, SplitSettings, make_recipe
 from graft.data.rows import Row
 from graft.data.self_instruct import invent, request_text
 from graft.disk import LOCK, locked, write_text
@@ -34,7 +35,6 @@ from graft.errors import ConfigError, DataError
 from graft.settings import flat
 
 INPUTS, SETTINGS, REPORT, JOURNAL = "inputs.json", "recipe.yaml", "report.json", "journal.jsonl"
-EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,17 @@ class Made:
     """It was there already, and nothing was done."""
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(in_words(self.report, self.folder, self.finished_before))
 
 
-@dataclass(frozen=True)
-class Pool:
-    """What is left of the sources before the mix."""
+class Mixed(NamedTuple):
+    """The mix, and what it was taken from."""
 
-    rows: dict[str, list[Row]]
-    items: dict[str, list[Item]]
-    duplicates: list[tuple[str, str]]
-    """(a row that was left out, the row that it repeats)."""
-    against: dict[str, Counter[str]]
-    """For each test set, how many rows of each source were left out."""
+    pool: Pool
+    items: list[Item]
+    taken: dict[str, Taken]
+    parts: tuple[list[Item], list[Item], int] | None = None
+    """Training, evaluation and the number of groups, as far as they are known before any answer."""
 
 
 def make(
@@ -83,28 +81,30 @@ def make(
     """
     folder = _place(recipe, fresh)
     sources = {source.called: read_source(source) for source in recipe.sources}
-    questions = {_against(each).data: read_questions(_against(each)) for each in recipe.against}
+    questions = [read_questions(_against(each)) for each in recipe.against]
     inputs = _hashes(recipe, sources, questions)
     _check_inputs(folder, inputs)
     if (folder / REPORT).is_file():
         return Made(folder, json.loads((folder / REPORT).read_text(encoding="utf-8")), True)
-    if not (folder / SETTINGS).is_file():
-        _check_templates(recipe, sources)
+    planned = _planned(recipe, sources, questions)
     with locked(folder):
         write_text(folder / INPUTS, _json(inputs))
         write_text(folder / SETTINGS, _yaml(recipe))
         with _journal(recipe, folder, tell or (lambda line: None)) as journal:
             sources, left_out = _invented(recipe, sources, journal, progress)
-            pool = _pool(recipe, sources, questions)
-            mixed, taken = mix(pool.items, recipe)
-            made = Generated(mixed, 0)
+            mixed = planned or _mixed(recipe, sources, questions)
+            made, parts = Generated(mixed.items, 0), mixed.parts
             if recipe.generate is not None and journal is not None:
-                made = generate(mixed, recipe.generate, journal, progress=progress)
+                parts, made = None, generate(mixed.items, recipe.generate, journal, progress=progress)
                 made.dropped.update(left_out)
         if not made.items:
-            raise DataError("no rows are left to write: all answers were left out; journal.jsonl has them")
-        train, evaluation, groups = split(made.items, recipe.split, recipe.near, recipe.seed)
-        report = _report(recipe, pool, taken, made, (train, evaluation, groups), inputs)
+            why = ", ".join(f"{count} {each}" for each, count in made.dropped.most_common())
+            raise DataError(
+                f"no rows are left to write: all answers were left out ({why}); journal.jsonl has them, and "
+                "keep_cut, refusals and duplicates of generate may be changed"
+            )
+        train, evaluation, groups = parts or split(made.items, recipe.split, recipe.near, recipe.seed)
+        report = made_report(recipe, mixed.pool, mixed.taken, made, (train, evaluation, groups), inputs)
         _write(folder / "train.jsonl", train, recipe.form)
         if recipe.split.eval:
             _write(folder / "eval.jsonl", evaluation, recipe.form)
@@ -137,7 +137,7 @@ def preview(recipe: Recipe, count: int) -> str:
 
 
 def _place(recipe: Recipe, fresh: bool) -> Path:
-    """A new folder, or one that was begun with the same recipe."""
+    """A new folder, or one that was begun with the same recipe; how it is split may change until it is finished."""
     folder = first = Path(recipe.output).expanduser()
     number = 2
     while fresh and folder.exists():
@@ -156,9 +156,11 @@ def _place(recipe: Recipe, fresh: bool) -> Path:
     except (ConfigError, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"output: the settings in {settings} cannot be read ({error}); use --fresh") from None
     before, now = flat(old.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    free = ["output", *(f"generate.{name}" for name in OPERATIONAL)]
+    if not (folder / REPORT).is_file():
+        free += ["split", *(f"generate.{name}" for name in FILTERS)]
     for key in dict.fromkeys([*before, *now]):
-        free = key == "output" or (key.startswith("generate.") and key.split(".")[1] in OPERATIONAL)
-        if not free and before.get(key) != now.get(key):
+        if not any(f"{key}.".startswith(f"{each}.") for each in free) and before.get(key) != now.get(key):
             raise ConfigError(
                 f"{key}: {folder} was begun with {before.get(key)!r}, not {now.get(key)!r}; put it back, take another "
                 "output, or use --fresh"
@@ -166,15 +168,15 @@ def _place(recipe: Recipe, fresh: bool) -> Path:
     return folder
 
 
-def _hashes(recipe: Recipe, sources: dict[str, list[Row]], questions: dict[str, list[str]]) -> dict[str, str]:
+def _hashes(recipe: Recipe, sources: dict[str, list[Row]], questions: list[list[str]]) -> dict[str, str]:
     """Of the rows of each source and test set, by their key in the recipe."""
     found = {}
     for number, source in enumerate(recipe.sources):
         found[f"sources.{number}.data"] = _sha(
             [row.index, dict(row.fields), row.prompt, row.completion] for row in sources[source.called]
         )
-    for number, each in enumerate(recipe.against):
-        found[f"against.{number}"] = _sha(questions[_against(each).data])
+    for number, asked in enumerate(questions):
+        found[f"against.{number}"] = _sha(asked)
     return found
 
 
@@ -191,31 +193,6 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         for key, value in inputs.items():
             if before.get(key) != value:
                 raise ConfigError(f"{key}: the content changed since {folder} was begun; put it back or use --fresh")
-
-
-def _pool(recipe: Recipe, sources: dict[str, list[Row]], questions: dict[str, list[str]]) -> Pool:
-    """The rows without duplicates and test questions, rendered."""
-    flat_rows = [(name, row) for name, rows in sources.items() for row in rows]
-    rows = [row for _, row in flat_rows]
-    double = repeated(rows, recipe.deduplicate, recipe.near)
-    gone = set(double)
-    against: dict[str, Counter[str]] = {}
-    for data, asked in questions.items():
-        hit = contaminated(rows, asked, recipe.near) - gone
-        against[data] = Counter(flat_rows[number][0] for number in hit)
-        gone |= hit
-    left: dict[str, list[Row]] = {name: [] for name in sources}
-    for number, (name, row) in enumerate(flat_rows):
-        if number not in gone:
-            left[name].append(row)
-    items = {source.called: _rendered(recipe, source.called, left[source.called]) for source in recipe.sources}
-    pairs = [tuple(f"{flat_rows[n][0]} row {rows[n].index}" for n in pair) for pair in double.items()]
-    return Pool(sources, items, [(one, other) for one, other in pairs], against)
-
-
-def _rendered(recipe: Recipe, name: str, rows: list[Row]) -> list[Item]:
-    source = next(each for each in recipe.sources if each.called == name)
-    return render(source, rows, recipe) if rows else []
 
 
 @contextlib.contextmanager
@@ -235,13 +212,42 @@ def _journal(recipe: Recipe, folder: Path, tell: Callable[[str], None]) -> Itera
         journal.close()
 
 
-def _check_templates(recipe: Recipe, sources: dict[str, list[Row]]) -> None:
-    """Render each source's first row, so that a wrong template leaves no folder behind."""
+def _mixed(recipe: Recipe, sources: Mapping[str, list[Row]], questions: list[list[str]]) -> Mixed:
+    pool = pooled(recipe, sources, questions)
+    return Mixed(pool, *mix(pool.items, recipe))
+
+
+def _planned(recipe: Recipe, sources: dict[str, list[Row]], questions: list[list[str]]) -> Mixed | None:
+    """The mix before any answer, refused if it cannot be asked for or split, so that no answer is paid for in vain.
+
+    None where instructions are still to be invented: then one for each such source is tried in their place.
+    """
+    invents = [source.called for source in recipe.sources if source.self_instruct is not None]
+    known = sources | {name: [_stand_in(name)] for name in invents}
     for source in recipe.sources:
-        if source.self_instruct is None:
-            for item in render(source, sources[source.called][:1], recipe, every=True):
-                if item.completion is None and recipe.generate is not None:
-                    asked_of(item, recipe.generate)
+        _check(render(source, known[source.called][:1], recipe, every=True), recipe)
+    if invents:
+        items = [item for pool in pooled(recipe, known, questions).items.values() for item in pool]
+        _check(items, recipe)
+        split(items, SplitSettings(group=recipe.split.group), None, recipe.seed)
+        return None
+    found = _mixed(recipe, sources, questions)
+    _check(found.items, recipe)
+    answers = recipe.generate.n if recipe.generate is not None else 1
+    answered = [item for item in found.items for _ in range(answers if item.completion is None else 1)]
+    return found._replace(parts=split(answered, recipe.split, recipe.near, recipe.seed))
+
+
+def _stand_in(name: str) -> Row:
+    """For an instruction that is not yet invented, with the columns that it will have."""
+    fields = {"prompt": "-", "seeds": [1]}
+    return Row(form="prompt", index=1, source=f"new instructions of {name}", prompt="-", fields=fields)
+
+
+def _check(items: Sequence[Item], recipe: Recipe) -> None:
+    for item in items:
+        if item.completion is None and recipe.generate is not None:
+            asked_of(item, recipe.generate)
 
 
 def _invented(
@@ -256,107 +262,6 @@ def _invented(
             found[source.called] = rows
             left_out.update(dropped)
     return found, left_out
-
-
-def _report(
-    recipe: Recipe,
-    pool: Pool,
-    taken: dict[str, Taken],
-    made: Generated,
-    parts: tuple[list[Item], list[Item], int],
-    inputs: dict[str, str],
-) -> dict[str, Any]:
-    train, evaluation, groups = parts
-    count = Counter(item.source for item in [*train, *evaluation]), len(train) + len(evaluation)
-    sources = []
-    for source in recipe.sources:
-        name, rows = source.called, pool.rows[source.called]
-        templates: list[Any] = list(enumerate(templates_of(source, rows), start=1)) or [(None, None)]
-        sources.append(
-            {
-                "name": name,
-                "data": source.data,
-                "rows": len(rows),
-                "duplicates": sum(one.startswith(f"{name} row ") for one, _ in pool.duplicates),
-                "against": sum(each[name] for each in pool.against.values()),
-                "rendered": taken[name].there,
-                "taken": taken[name].taken,
-                "share_asked": taken[name].asked,
-                "share": count[0][name] / count[1],
-                "train": sum(item.source == name for item in train),
-                "eval": sum(item.source == name for item in evaluation),
-                "templates": [
-                    {
-                        "number": number,
-                        "template": text if isinstance(text, str | None) else text.model_dump(),
-                        "train": sum(item.source == name and item.template == number for item in train),
-                        "eval": sum(item.source == name and item.template == number for item in evaluation),
-                    }
-                    for number, text in templates
-                ],
-            }
-        )
-    return {
-        "train": len(train),
-        "eval": len(evaluation),
-        "sources": sources,
-        "duplicates": {
-            "kind": recipe.deduplicate,
-            "dropped": len(pool.duplicates),
-            "first": [list(pair) for pair in pool.duplicates[:EXAMPLES]],
-        },
-        "against": {data: sum(each.values()) for data, each in pool.against.items()},
-        "split": {"groups": groups, "near": recipe.near},
-        "characters": {"train": _lengths(train), "eval": _lengths(evaluation)},
-        "generate": made.to_dict() if recipe.generate is not None else None,
-        "sha256": inputs,
-    }
-
-
-def _lengths(items: Sequence[Item]) -> dict[str, Any]:
-    """Smallest, median, mean and largest number of characters."""
-    if not items:
-        return {}
-    found = {}
-    for part in ("prompt", "completion"):
-        sizes = [
-            len(item.completion or "")
-            if part == "completion"
-            else sum(len(turn.content) for turn in item.messages) or len(item.prompt)
-            for item in items
-        ]
-        found[part] = {
-            "min": min(sizes),
-            "median": statistics.median(sizes),
-            "mean": round(statistics.fmean(sizes), 1),
-            "max": max(sizes),
-        }
-    return found
-
-
-def _lines(made: Made) -> list[str]:
-    """The report in words."""
-    report = made.report
-    lines = [f"{made.folder}: {'finished before; ' if made.finished_before else ''}{report['train']} rows for training"]
-    lines[0] += f", {report['eval']} for evaluation" if report["eval"] else ""
-    for source in report["sources"]:
-        given = source["train"] + source["eval"]
-        asked = source["share_asked"]
-        wanted = "" if asked is None else f", asked {asked:.1%}"
-        gone = f"{source['duplicates']} duplicates" if source["duplicates"] else ""
-        leaks = f"{source['against']} test questions" if source["against"] else ""
-        less = ", ".join(filter(None, [gone, leaks]))
-        lines.append(
-            f"- {source['name']}: {source['rows']} rows{f' less {less}' if less else ''}, "
-            f"{source['rendered']} rendered, {given} written ({source['share']:.1%} of all{wanted})"
-        )
-    generated = report["generate"]
-    if generated is not None:
-        lines.append(f"- answers: {generated['answers']} of {generated['requests']} prompts")
-        lines[-1] += f", cost {generated['cost']:g}" if generated["cost"] else ""
-        lines += [f"  left out: {count} {why}" for why, count in generated["dropped"].items()]
-        lines += [f"  no answer: {where} ({why})" for where, why in list(generated["failed"].items())[:EXAMPLES]]
-    return lines
 
 
 def _against(each: str | AgainstSettings) -> AgainstSettings:

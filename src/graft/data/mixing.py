@@ -4,52 +4,59 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.data.items import Item, question
+from graft.data.items import Item, Manner, question
 from graft.data.read import near as nearest
 from graft.data.recipe import Recipe, SplitSettings
 from graft.data.rows import Row
-from graft.data.similar import Groups, near_pairs, normalised
+from graft.data.similar import Groups, jaccard, near_pairs, normalised
 from graft.errors import ConfigError, DataError
 
 
-def repeated(rows: Sequence[Row], kind: str | None, threshold: float | None) -> dict[int, int]:
-    """The numbers of rows that repeat an earlier row, each with that row's number.
+def repeated(
+    rows: Sequence[Row], kind: str | None, threshold: float | None, manners: Sequence[Manner] | None = None
+) -> dict[int, int]:
+    """The numbers of rows that repeat an earlier row which is asked in the same way, each with that row's number.
 
     Args:
-        kind: exact (question and answer are equal), normalised (they are, up to case and punctuation), near (question
-            and answer together are nearly equal; labels must be equal), or None.
+        kind: exact (question, answer and what templates show are equal), normalised (they are, up to case and
+            punctuation), near (question and answer together, and each column shown, are nearly equal; labels must be
+            equal), or None.
         threshold: of the Jaccard index, for near.
+        manners: how each row is asked; None: all alike.
     """
     if kind is None:
         return {}
     same = normalised if kind in ("normalised", "near") else str
-    first: dict[tuple[str, str], int] = {}
+    manners = manners or [Manner()] * len(rows)
+    first: dict[Hashable, int] = {}
     found = {}
-    for number, row in enumerate(rows):
-        key = (same(question(row)), same(row.answer))
+    for number, (row, manner) in enumerate(zip(rows, manners, strict=True)):
+        key = (manner.how, same(question(row)), same(row.answer), *map(same, manner.shown))
         if key in first:
             found[number] = first[key]
         else:
             first[key] = number
     if kind == "near" and threshold is not None:
-        found |= _nearly(rows, list(first.values()), threshold)
+        found |= _nearly(rows, manners, list(first.values()), threshold)
     return dict(sorted(found.items()))
 
 
-def _nearly(rows: Sequence[Row], numbers: Sequence[int], threshold: float) -> dict[int, int]:
-    classes: dict[object, list[int]] = defaultdict(list)
+def _nearly(rows: Sequence[Row], manners: Sequence[Manner], numbers: Sequence[int], threshold: float) -> dict[int, int]:
+    classes: dict[tuple[str, int | str | None], list[int]] = defaultdict(list)
     for number in numbers:
-        classes[rows[number].label].append(number)
+        classes[manners[number].how, rows[number].label].append(number)
     found: dict[int, int] = {}
-    for label, members in classes.items():
+    for (_, label), members in classes.items():
         texts = [question(rows[n]) + ("" if label is not None else f"\n{rows[n].answer}") for n in members]
         earlier: dict[int, list[int]] = defaultdict(list)
         for i, j in near_pairs([normalised(text) for text in texts], threshold):
-            earlier[members[j]].append(members[i])
+            shown = zip(manners[members[i]].shown, manners[members[j]].shown, strict=True)
+            if all(jaccard(one, other) >= threshold for one, other in shown):
+                earlier[members[j]].append(members[i])
         for number in members:
             kept = [other for other in sorted(earlier[number]) if other not in found]
             if kept:
@@ -57,17 +64,16 @@ def _nearly(rows: Sequence[Row], numbers: Sequence[int], threshold: float) -> di
     return found
 
 
-def contaminated(rows: Sequence[Row], questions: Sequence[str], threshold: float | None) -> set[int]:
-    """The numbers of rows whose question stands among `questions`, up to case, punctuation and `threshold`."""
+def contaminated(texts: Sequence[Sequence[str]], questions: Sequence[str], threshold: float | None) -> set[int]:
+    """The numbers of rows of whose texts one stands among `questions`, up to case, punctuation and `threshold`."""
     test = {normalised(text) for text in questions}
-    mine = [normalised(question(row)) for row in rows]
-    hit = test.intersection(mine)
+    mine = [[normalised(text) for text in each] for each in texts]
+    every = {text for each in mine for text in each}
+    hit = test & every
     if threshold is not None:
-        texts = list(dict.fromkeys([*sorted(test), *mine]))
-        for i, j in near_pairs(texts, threshold):
-            if i < len(test) <= j:
-                hit.add(texts[j])
-    return {number for number, text in enumerate(mine) if text in hit}
+        both = [*sorted(test), *sorted(every - test)]
+        hit |= {both[j] for i, j in near_pairs(both, threshold) if i < len(test) <= j}
+    return {number for number, each in enumerate(mine) if not hit.isdisjoint(each)}
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,14 @@ def mix(pools: dict[str, list[Item]], recipe: Recipe) -> tuple[list[Item], dict[
     weights = {s.called: float(s.weight or 1.0) for s in recipe.sources if there[s.called]}
     whole = sum(weights.values())
     if not weights:
-        raise DataError("sources: no rows are left to mix; all were dropped as duplicates or for against")
+        raise DataError("sources: no rows are left to mix; all repeat others, stand in against, or were not invented")
     if recipe.size is not None:
         wanted = _apportioned(recipe.size, weights, None if recipe.repeat else there)
     elif weighted:
         sizes = [there[name] * whole / weight for name, weight in weights.items()]
         wanted = _apportioned(int((max if recipe.repeat else min)(sizes) + 1e-9), weights, None)
-        if not recipe.repeat:
-            wanted = {name: min(count, there[name]) for name, count in wanted.items()}
+        bound = max if recipe.repeat else min
+        wanted = {name: bound(count, there[name]) for name, count in wanted.items()}
     else:
         wanted = there
     chosen: list[Item] = []

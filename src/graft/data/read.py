@@ -62,17 +62,18 @@ def _jsonl(path: Path) -> Iterator[Numbered]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 record = _parse(line.removeprefix(b"\xef\xbb\xbf"), path, f"line {number}")
-                yield number, _object(record, path, number)
+                yield number, _object(record, path, number, _escapes(line))
 
 
 def _json(path: Path) -> Iterator[Numbered]:
-    content = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), path, None)
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content, escapes = _parse(text, path, None), _escapes(text)
     if isinstance(content, dict):
         content = content.get("data")
     if not isinstance(content, list):
         raise DataError(f'{path}: expected a list of objects or {{"data": [...]}}; for one object a line use .jsonl')
     for number, record in enumerate(content, start=1):
-        yield number, _object(record, path, number)
+        yield number, _object(record, path, number, escapes)
 
 
 def _parse(content: bytes, path: Path, where: str | None) -> Any:
@@ -88,9 +89,22 @@ def _parse(content: bytes, path: Path, where: str | None) -> Any:
         raise DataError(f"{place}: JSON nested too deeply; mend or remove it") from None
 
 
-def _object(record: Any, path: Path, number: int) -> Record:
+def _escapes(content: bytes) -> bool:
+    """Whether JSON escapes may stand for surrogates, the halves of characters beyond the first 65536."""
+    return b"\\ud" in content or b"\\uD" in content
+
+
+def _object(record: Any, path: Path, number: int, escapes: bool) -> Record:
     if not isinstance(record, dict):
         raise DataError(f"{path} row {number}: expected a JSON object with named columns, not {type(record).__name__}")
+    if escapes:
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(
+                f"{path} row {number}: half a character ({half}), which no file can hold; mend or remove the row"
+            ) from None
     return record
 
 

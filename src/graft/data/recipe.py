@@ -23,6 +23,8 @@ OPERATIONAL = (
     *("tokens_per_minute", "max_cost", "price_per_million", "max_failed"),
 )
 """Settings of `generate` that change how answers are fetched, not what is asked: they may change between starts."""
+FILTERS = ("keep_cut", "duplicates", "refusals")
+"""Settings of `generate` that choose among the answers: they may change until the data is finished."""
 
 
 class PromptTemplate(Settings):

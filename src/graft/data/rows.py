@@ -251,7 +251,7 @@ def _row(record: Record, layout: _Layout, source: str, number: int, adapter: str
     where, names = f"{source} row {number}", layout.names
     values = {name: record[column] for name, column in names.items()}
     parts: dict[str, Any] = {"form": layout.form, "index": number, "source": source}
-    parts["adapter"] = _adapter(values.get("adapter"), adapter, where)
+    parts["adapter"] = adapter_name(values.get("adapter"), adapter, where)
     parts["fields"] = {**record, **{name: value for name, value in values.items() if name != "messages"}}
     if layout.form == "chat":
         messages = _messages(values["messages"], where)
@@ -272,7 +272,8 @@ def _row(record: Record, layout: _Layout, source: str, number: int, adapter: str
     return Row(**parts)
 
 
-def _adapter(value: Any, default: str | None, where: str) -> str | None:
+def adapter_name(value: Any, default: str | None, where: str) -> str | None:
+    """A row's `adapter`, or the default where it has none."""
     if value is None or value == "":
         return default
     if not isinstance(value, str):

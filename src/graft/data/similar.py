@@ -15,16 +15,18 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
 GRAM = 5
-EDGES = ".,;:!?\"'()[]{}“”‘’«»…`"  # noqa: RUF001
+QUOTES = "\"'“”‘’«»`"  # noqa: RUF001
+OPENING = QUOTES + "([{¿¡"
+CLOSING = QUOTES + ")]}.,;:!?"
 
 
 def normalised(text: str) -> str:
-    """Unicode's compatible form (NFKC) in lower case, without punctuation at the edges of words, single spaces.
+    """Unicode's compatible form (NFKC) in lower case, without punctuation around words, single spaces.
 
-    Signs inside words and between numbers stay: "3 - 4" is not "3 + 4".
+    Other signs stay, and those at the other end of a word: "3 - 4" is not "3 + 4", "!a" is not "a", ".5" is not "5".
     """
     words = unicodedata.normalize("NFKC", text).casefold().split()
-    return " ".join(filter(None, (word.strip(EDGES) for word in words))) or " ".join(words)
+    return " ".join(filter(None, (word.lstrip(OPENING).rstrip(CLOSING) for word in words))) or " ".join(words)
 
 
 def grams(text: str) -> set[str]:

@@ -102,6 +102,11 @@ def _slots(template: str) -> int:
     return sum(piece for _, piece in _pieces(template) if isinstance(piece, int))
 
 
+def columns_of(template: str) -> list[str]:
+    """The columns that a prompt shows, each once."""
+    return list(dict.fromkeys(name for _, name in _pieces(template) if isinstance(name, str)))
+
+
 def fill(template: str, row: Row) -> str:
     """The prompt with the row's columns in place of their names, and a `MARK` for each pseudo-token."""
     parts = []
