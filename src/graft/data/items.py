@@ -66,15 +66,14 @@ def manners(source: SourceSettings, rows: Sequence[Row], recipe: Recipe) -> list
     if not rows:
         return []
     texts = _texts(templates_of(source, rows))
-    how = [texts, dict(_words(source, rows).verbalizer)]
-    if source.answer == "endpoint" and recipe.generate is not None:
-        texts.append(recipe.generate.prompt or "")
-    names = _columns(texts)
+    words = dict(_words(source, rows).verbalizer)
+    teacher = recipe.generate.prompt if recipe.generate is not None and source.answer == "endpoint" else None
+    names = _columns([*texts, teacher or ""])
     found = []
     for row in rows:
-        system = [turn.content for turn in row.messages if turn.role == "system"] or source.system
+        system: list[str | None] = [turn.content for turn in row.messages if turn.role == "system"]
         shown = tuple(str(row.fields.get(name, "")) for name in names)
-        found.append(Manner(json.dumps([*how, system, row.adapter]), shown))
+        found.append(Manner(json.dumps([texts, words, system or [source.system], row.adapter]), shown))
     return found
 
 
@@ -270,8 +269,8 @@ QUESTIONS = {"prompt": None, "instruction": "context", "premise": "hypothesis", 
 def _known(shown: set[str], fields: Mapping[str, Any]) -> str:
     """The question of a test set's kind, as far as templates show it: of a text and its aspect only the text."""
     for name, beside in QUESTIONS.items():
-        parts = [str(fields[each]) for each in (name, beside) if each and fields.get(each)]
-        if str(fields.get(name)) in shown:
+        if fields.get(name) and str(fields[name]) in shown:
+            parts = [str(fields[each]) for each in (name, beside) if each and fields.get(each)]
             return "\n".join(part for part in parts if part in shown)
     return ""
 
