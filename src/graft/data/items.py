@@ -91,7 +91,7 @@ def templates_of(source: SourceSettings, rows: Sequence[Row]) -> list[str | Prom
         return list(source.templates)
     if source.task is not None:
         return list(TASKS[source.task].templates)
-    return list(task_for(rows).templates) if rows[0].form == "label" else []
+    return list(task_for(rows).templates) if rows and rows[0].form == "label" else []
 
 
 def render(source: SourceSettings, rows: Sequence[Row], recipe: Recipe, every: bool = False) -> list[Item]:
