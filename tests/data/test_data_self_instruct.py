@@ -130,7 +130,11 @@ def test_a_bound_by_common_words_changes_nothing(monkeypatch: pytest.MonkeyPatch
         ("Task X: no\nTask", "chat", []),
         ("**Task 9**: Why so?\n### Task #10: **How?**\n_TASK 11_ - Who?", "chat", ["Why so?", "How?", "Who?"]),
         ("9) Why?\n(10) How?\nTask 11 – Who?\n12] What?", "chat", ["Why?", "How?", "Who?", "What?"]),
-        ('1. "Go" in French?\n2. __init__ or not\n3: 3-4 words', "chat", ['"Go" in French?', "__init__ or not", "3-4 words"]),
+        (
+            '1. "Go" in French?\n2. __init__ or not\n3: 3-4 words',
+            "chat",
+            ['"Go" in French?', "__init__ or not", "3-4 words"],
+        ),
         ("3-4 sentences will do.\n2.5 litres\n12:30 is noon\n7 rivers: name them", "chat", []),
         ("Task 9:\n", "chat", [""]),
     ],
