@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from serving import Reply, Server, answer, prompt_of, serving
 
-from graft.data.endpoint import retry_after
+from graft.data.endpoint import Endpoint, retry_after
 from graft.data.limits import OVERHEAD, Budget, Pace
 from graft.data.make import Made, make
 from graft.data.recipe import Recipe, make_recipe
@@ -122,6 +125,8 @@ FIRST = {
     "null": answer(None),
     "empty": answer(" \n"),
     "half a surrogate": answer("\ud800"),
+    "broken off": answer("The half of", reason="error"),
+    "aborted": answer("The half of", reason="abort"),
     "too deep": Reply(200, b"[" * 200_000),
     "huge": Reply(200, json.dumps(answer("x").body).encode() + b" " * 2**23),
 }
@@ -204,6 +209,73 @@ def test_nobody_there() -> None:
         pass
     with pytest.raises(DataError, match="no connection"):
         make(recipe(server.url, {"retries": 1}))
+    with pytest.raises(DataError, match="none of the first 8 prompts has an answer, most often: no connection"):
+        make(recipe(server.url, {"retries": 0, "concurrency": 1, "max_failed": 1}))
+
+
+def animals(count: int) -> None:
+    Path("animals.jsonl").write_text("".join(json.dumps({"name": f"ant {n}"}) + "\n" for n in range(count)))
+
+
+def test_a_bad_first_prompt_or_a_few_that_stay_bad_do_not_end_the_command() -> None:
+    animals(50)
+    bad: set[str] = set()
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        bad.update([prompt_of(body)] if len(bad) < 2 else [])
+        return answer(None) if prompt_of(body) in bad else describe(body, before)
+
+    with serving(script) as server:
+        made = make(recipe(server.url, {"concurrency": 1, "retries": 0}))
+        assert made.report["train"] == 48
+        Path("out/report.json").unlink()
+        made = make(recipe(server.url, {"concurrency": 2, "retries": 0}))  # asks for the two again
+    assert made.report["train"] == 48 and server.asked == {prompt: 1 + (prompt in bad) for prompt in server.asked}
+
+
+def test_the_next_start_asks_first_what_did_not_fail_before() -> None:
+    animals(40)
+    bad: set[str] = set()
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        bad.update([prompt_of(body)] if len(bad) < 10 else [])
+        return answer(None) if prompt_of(body) in bad else describe(body, before)
+
+    given = {"concurrency": 1, "retries": 0, "max_failed": 0.3}
+    with serving(script) as server:
+        with pytest.raises(DataError, match="none of the first 8"):
+            make(recipe(server.url, given))
+        made = make(recipe(server.url, given))
+        assert made.report["train"] == 30 and sum(server.asked.values()) == 48
+        Path("out/report.json").unlink()
+        made = make(recipe(server.url, given))  # ten more failures, but 30 answers are there
+    assert made.report["train"] == 30 and sum(server.asked.values()) == 58
+
+
+def test_a_limit_with_a_short_retry_after_delays_and_fails_nothing() -> None:
+    """One request in each interval is let in, and 8 workers ask."""
+    lock, let_in = threading.Lock(), [0.0]
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        with lock:
+            if time.monotonic() < let_in[0] + 0.05:
+                return Reply(429, b"", {"Retry-After": "0.05"})
+            let_in[0] = time.monotonic()
+        return describe(body, before)
+
+    animals(24)
+    made, _ = served(script)
+    assert made.report["generate"]["failed"] == {} and made.report["train"] == 24
+
+
+@pytest.mark.parametrize("header", [{}, {"Retry-After": "0"}, {"Retry-After": "3"}])
+def test_who_is_always_busy_fails_after_the_last_try(starts: list[float], header: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="status 429"):
+        served(lambda body, before: Reply(429, b"", header), {"backoff": 1}, sources=[_one()])
+    wait = float(header.get("Retry-After", 0))
+    assert len(starts) == 6
+    for attempt, (before, after) in enumerate(itertools.pairwise(starts)):
+        assert wait + 2**attempt / 2 <= after - before <= wait + 2**attempt
 
 
 def test_so_many_requests_are_under_way_at_a_time() -> None:
@@ -258,6 +330,43 @@ def test_answers_that_teach_nothing_are_left_out() -> None:
     assert {row["row"] for row in lines("out/train.jsonl")} == set(range(5, 13))
     served(lambda body, before: answer("A bee is", reason="length"), {"keep_cut": True}, output="b")
     assert len(lines("b/train.jsonl")) == 12
+
+
+def test_an_empty_answer_that_another_try_would_repeat_is_paid_once() -> None:
+    refused = answer(None)
+    refused.body["choices"][0]["message"]["refusal"] = "I cannot."
+    odd = {
+        "ant": answer(None, reason="length"),
+        "bee": answer("", reason="content_filter"),
+        "cat": refused,
+    }
+    made, server = served(
+        lambda body, before: odd.get(prompt_of(body)[13:-1]) or describe(body, before), {"max_failed": 0.2}
+    )
+    assert set(server.asked.values()) == {1}
+    assert made.report["generate"]["failed"] == {
+        "animals row 1, template 1": "no text within max_tokens",
+        "animals row 2, template 1": "stopped by the endpoint's filter",
+    }
+    assert made.report["generate"]["dropped"] == {"refusal": 1} and made.report["train"] == 9
+    assert "I cannot." in {line.get("text") for line in lines("out/journal.jsonl")}
+
+
+def test_a_continuation_keeps_its_indentation() -> None:
+    for api, written in {"completions": "    return x + 1", "chat": "return x + 1"}.items():
+        served(lambda body, before: answer("    return x + 1\n"), {"api": api}, output=api)
+        assert {row["completion"] for row in lines(f"{api}/train.jsonl")} == {written}
+
+
+def test_certificates_are_checked_however_https_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    client = httpx2.AsyncClient
+    monkeypatch.setattr(httpx2, "AsyncClient", lambda **kw: given.append(kw) or client(**kw))
+    for scheme in ("https", "HTTPS", "HttpS"):
+        asked = recipe(f"{scheme}://api.example.com/v1").generate
+        assert asked is not None
+        Endpoint(asked)
+        assert given.pop().get("verify", True) is True, scheme
 
 
 PRICE = {"price_per_million": {"prompt": 1e6, "completion": 1e6}, "max_tokens": 10, "concurrency": 3}
@@ -359,7 +468,7 @@ def test_nobody_asks_before_retry_after(starts: list[float]) -> None:
     asked = [prompt_of(body) for body in server.bodies]
     again = asked.index("Describe the bee.") + 1
     assert asked[again] == "Describe the bee." and len(starts) == len(asked) == 13
-    assert starts[:again] == [0.0] * again and starts[again:] == pytest.approx([30] * (13 - again))
+    assert starts[:again] == [0.0] * again and starts[again:] == pytest.approx([30] * (13 - again), abs=0.01)
 
 
 @pytest.mark.parametrize(

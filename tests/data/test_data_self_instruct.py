@@ -12,6 +12,7 @@ from rouge_score import rouge_scorer
 from serving import Reply, answer, prompt_of, serving
 
 from graft.data import self_instruct
+from graft.data.items import templates_of
 from graft.data.make import Made, make, preview
 from graft.data.recipe import make_recipe
 from graft.data.self_instruct import instructions
@@ -127,6 +128,15 @@ def test_a_bound_by_common_words_changes_nothing(monkeypatch: pytest.MonkeyPatch
         ("Sure! Here they are.\n1. One", "chat", ["One"]),
         (" Write a poem.\nTask 10: Sing", "completions", ["Write a poem.", "Sing"]),
         ("Task X: no\nTask", "chat", []),
+        ("**Task 9**: Why so?\n### Task #10: **How?**\n_TASK 11_ - Who?", "chat", ["Why so?", "How?", "Who?"]),
+        ("9) Why?\n(10) How?\nTask 11 – Who?\n12] What?", "chat", ["Why?", "How?", "Who?", "What?"]),
+        (
+            '1. "Go" in French?\n2. __init__ or not\n3: 3-4 words',
+            "chat",
+            ['"Go" in French?', "__init__ or not", "3-4 words"],
+        ),
+        ("3-4 sentences will do.\n2.5 litres\n12:30 is noon\n7 rivers: name them", "chat", []),
+        ("Task 9:\n", "chat", [""]),
     ],
 )
 def test_lines_with_numbers_are_instructions(text: str, api: str, found: list[str]) -> None:
@@ -142,3 +152,56 @@ def test_refused_and_shown() -> None:
     assert "Task 1: Name three rivers" in preview(make_recipe(recipe), 2)
     with pytest.raises(ConfigError, match="neither task nor templates"):
         make_recipe(recipe | {"sources": [source | {"task": "topic"}]})
+
+
+def test_answers_without_instructions_end_the_command_early() -> None:
+    seeds = {"data": "seeds.jsonl", "answer": "endpoint", "self_instruct": {"shots": 3, "count": 5}}
+    Path("own.jsonl").write_text('{"prompt": "Say hi", "completion": "hi"}\n')
+    with serving(lambda body, before: answer("I would rather not.")) as server:
+        generate = {"endpoint": server.url, "model": "m"}
+        given = {"sources": [seeds, {"data": "own.jsonl"}], "generate": generate, "output": "out"}
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"no new instruction .* 16 requests .* 16 answer without instructions"):
+                make(make_recipe(given))
+    assert sum(server.asked.values()) == 16
+
+
+def test_a_source_without_rows_has_no_templates() -> None:
+    assert templates_of(make_recipe({"sources": [{"data": "x.jsonl"}], "output": "out"}).sources[0], []) == []
+
+
+def test_failed_requests_for_instructions_count_over_all_of_them() -> None:
+    """One of 16 is a twentieth of 20 and more of 16; what is asked later moves up when it succeeds."""
+    healed: list[bool] = []
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        if prompt_of(body).startswith("Come up"):
+            return Reply(500, b"") if sum(server.asked.values()) == 1 else writer(body, before)
+        stop = not healed and sum(not asked.startswith("Come up") for asked in server.asked) > 6
+        return Reply(400, b"") if stop else writer(body, before)
+
+    with serving(script) as server:
+        asked = {"count": 30, "requests": 20}
+        with pytest.raises(DataError, match="status 400"):
+            invented(server.url, asked, retries=0, concurrency=1)
+        paid = {line["key"]: line for line in lines("out/journal.jsonl") if "text" in line}
+        before = server.asked.copy()
+        healed.append(True)
+        invented(server.url, asked, retries=0)
+    done = [prompt for prompt in before if not prompt.startswith("Come up")]
+    assert len(paid) == sum(before.values()) - 2 and len(done) == 7
+    assert [server.asked[prompt] for prompt in done] == [1] * 6 + [2]  # the last one was refused
+    rows = lines("out/train.jsonl")
+    assert len(rows) == len({row["prompt"] for row in rows}) == 30
+    assert all(row["completion"] == f"Done: {row['prompt']}" for row in rows)
+
+
+def test_a_failed_request_for_instructions_is_reported() -> None:
+    def script(body: dict[str, Any], before: int) -> Reply:
+        return Reply(500, b"") if sum(server.asked.values()) == 1 else writer(body, before)
+
+    with serving(script) as server:
+        made = invented(server.url, {"count": 9, "requests": 20}, retries=0, concurrency=1)
+    assert made.report["generate"]["failed"] == {}
+    assert made.report["generate"]["dropped"]["request for instructions without an answer"] == 1
+    assert made.report["train"] == 9

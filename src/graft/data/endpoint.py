@@ -22,6 +22,10 @@ AGAIN = (408, 409, 425, 429)
 """Status codes, beside 5xx, after which the same request may succeed."""
 LONGEST_WAIT = 600.0
 """Seconds that a Retry-After may ask for; a longer one is a quota, and the command ends."""
+EMPTY = {"length": "no text within max_tokens", "content_filter": "stopped by the endpoint's filter"}
+"""Why an answer has no text, by its finish_reason, where another try would cost the same and end the same."""
+BROKEN_OFF = ("error", "abort")
+"""finish_reason of an answer that the endpoint could not end (OpenRouter, vLLM)."""
 
 
 class Again(Exception):
@@ -32,13 +36,20 @@ class Again(Exception):
         wait: seconds that the endpoint asks to wait, if it does.
         paid: the endpoint may have worked and charge for it.
         usage: tokens that it says it used.
+        final: it may succeed in a later start, but not now.
     """
 
     def __init__(
-        self, why: str, *, wait: float | None = None, paid: bool = False, usage: dict[str, int] | None = None
+        self,
+        why: str,
+        *,
+        wait: float | None = None,
+        paid: bool = False,
+        usage: dict[str, int] | None = None,
+        final: bool = False,
     ) -> None:
         super().__init__(why)
-        self.why, self.wait, self.paid, self.usage = why, wait, paid, usage or {}
+        self.why, self.wait, self.paid, self.usage, self.final = why, wait, paid, usage or {}, final
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Answer:
     text: str
     model: str | None
     finish_reason: str | None
+    """As the endpoint calls it; "refusal" if the text is what OpenAI's interface gives as one."""
     usage: dict[str, int]
     """prompt and completion tokens; empty if it does not say."""
     request_id: str | None
@@ -106,8 +118,7 @@ class Endpoint:
         self.settings, self.url, self._key = settings, address(settings), key(settings)
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-        secure = self.url.startswith("https")  # without TLS no certificates need to be read, which takes a while
-        self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, verify=secure)
+        self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits)
 
     async def __aenter__(self) -> Endpoint:
         await self._client.__aenter__()
@@ -174,7 +185,7 @@ def parse(content: bytes, api: str, request_id: str | None = None) -> Answer:
     """The answer in a response's body.
 
     Raises:
-        Again: it is not JSON, has another shape, or an empty answer.
+        Again: it is not JSON, has another shape, or an answer that is empty or broken off.
     """
     try:
         found = json.loads(content)
@@ -183,20 +194,25 @@ def parse(content: bytes, api: str, request_id: str | None = None) -> Answer:
     usage = _usage(found)
     try:
         choice = found["choices"][0]
-        text = choice["message"]["content"] if api == "chat" else choice["text"]
-    except (KeyError, IndexError, TypeError):
+        said = choice["message"] if api == "chat" else choice
+        text, refusal = said.get("content" if api == "chat" else "text"), said.get("refusal")
+        reason = _text(choice.get("finish_reason"))
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise Again("garbage: JSON without an answer", paid=True, usage=usage) from None
+    if reason in BROKEN_OFF:
+        raise Again(f"the answer broke off (finish_reason {reason})", paid=True, usage=usage)
+    if not text and isinstance(refusal, str) and refusal:
+        text, reason = refusal, "refusal"
+    if text is None or (isinstance(text, str) and not text.strip()):
+        why = EMPTY.get(reason or "")
+        raise Again(why or "empty answer", paid=True, usage=usage, final=why is not None)
     if not isinstance(text, str):
-        why = "empty answer" if text is None else f"garbage: the answer is a {type(text).__name__}, not text"
-        raise Again(why, paid=True, usage=usage)
-    if not text.strip():
-        raise Again("empty answer", paid=True, usage=usage)
+        raise Again(f"garbage: the answer is a {type(text).__name__}, not text", paid=True, usage=usage)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise Again("garbage: the answer is no Unicode text", paid=True, usage=usage) from None
-    model, reason, number = found.get("model"), choice.get("finish_reason"), found.get("id")
-    return Answer(text, _text(model), _text(reason), usage, request_id or _text(number))
+    return Answer(text, _text(found.get("model")), reason, usage, request_id or _text(found.get("id")))
 
 
 def retry_after(header: str | None, now: float | None = None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
+import itertools
 import json
 import random
 import time
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from graft.data.endpoint import Again, Answer, Endpoint, body, digest
+from graft.data.endpoint import EMPTY, Again, Answer, Endpoint, body, digest
 from graft.data.items import Item
 from graft.data.journal import PROVENANCE, Journal
 from graft.data.limits import Budget, Pace
@@ -25,6 +25,8 @@ from graft.errors import DataError, GraftError
 
 Progress = Callable[[str, int, int], None]
 LONGEST_BACKOFF = 60.0
+FEW = 8
+"""So many failures without any answer show that the endpoint answers nothing (more, if more requests go at a time)."""
 REFUSAL_SPAN = 200
 
 
@@ -74,8 +76,10 @@ def jobs_of(items: Sequence[Item], settings: GenerateSettings) -> list[Job]:
             asked = asked_of(item, settings)
             system = next((turn.content for turn in item.messages if turn.role == "system"), None)
             request = body(settings, asked, system)
+            # An instruction's number moves when a request for earlier ones is answered late; its text does not.
+            row = None if "seeds" in item.provenance else item.row.index
             for sample in range(settings.n):
-                key = digest([request, settings.api, item.source, item.row.index, item.template, sample])
+                key = digest([request, settings.api, item.source, row, item.template, sample])
                 found.setdefault(key, Job(key, item, sample, request, asked))
     return list(found.values())
 
@@ -103,9 +107,10 @@ def generate(
         ConfigError: the next request could pass `max_cost`.
     """
     jobs = jobs_of(items, settings)
-    failed = fetch(jobs, settings, journal, progress=progress)
+    run = Run(settings, journal, len(jobs), "answers", progress)
+    run.fetch(jobs)
     done = Generated([], len(jobs), cost=journal.cost)
-    done.failed = {_where(job): failed[job.key] for job in jobs if job.key in failed}
+    done.failed = {_where(job): run.failed[job.key] for job in jobs if job.key in run.failed}
     answers = _filtered(jobs, journal, settings, done)
     for item in items:
         if item.completion is not None:
@@ -116,26 +121,10 @@ def generate(
                 line = answers[job.key]
                 said = {"sample": line["sample"]} | {name: line.get(name) for name in PROVENANCE}
                 said = dict(item.provenance) | said
-                done.items.append(dataclasses.replace(item, completion=line["text"].strip(), provenance=said))
+                # What continues a prompt may begin with white space that belongs to it, such as indentation.
+                text = line["text"].strip() if settings.api == "chat" else line["text"].rstrip()
+                done.items.append(dataclasses.replace(item, completion=text, provenance=said))
     return done
-
-
-def fetch(
-    jobs: Sequence[Job],
-    settings: GenerateSettings,
-    journal: Journal,
-    *,
-    progress: Progress | None = None,
-    what: str = "answers",
-) -> dict[str, str]:
-    """Ask for what the journal does not have: the keys of jobs without an answer, and why. Raises as `generate`."""
-    missing = [job for job in jobs if job.key not in journal.answers]
-    tell = functools.partial(progress, what) if progress is not None else None
-    run = _Run(settings, journal, len(jobs), len(jobs) - len(missing), tell)
-    if missing:
-        asyncio.run(run.all(missing))
-    run.check()
-    return run.failed
 
 
 def _filtered(
@@ -171,11 +160,11 @@ def _fault(line: dict[str, Any], job: Job, settings: GenerateSettings) -> str | 
     if line.get("finish_reason") == "length" and not settings.keep_cut:
         return "cut at max_tokens"
     if line.get("finish_reason") == "content_filter":
-        return "stopped by the endpoint's filter"
+        return EMPTY["content_filter"]
     if text == prompt or (len(prompt) >= 20 and text.startswith(prompt)):
         return "copy of the prompt"
     start = line["text"].strip()[:REFUSAL_SPAN].casefold()
-    if any(phrase.casefold() in start for phrase in settings.refusals):
+    if line.get("finish_reason") == "refusal" or any(phrase.casefold() in start for phrase in settings.refusals):
         return "refusal"
     return None
 
@@ -186,48 +175,71 @@ def _where(job: Job) -> str:
     return ", ".join([*parts, f"answer {job.sample + 1}"] if job.sample else parts)
 
 
-class _Run:
-    """Workers that take jobs until there are none, or until something ends the run."""
+class Run:
+    """Workers that take jobs until there are none, or until something ends the run.
+
+    Args:
+        total: jobs that may come in all, over which `max_failed` counts.
+        what: they are, for the progress.
+
+    Attributes:
+        failed: the keys of jobs without an answer, and why.
+    """
 
     def __init__(
-        self,
-        settings: GenerateSettings,
-        journal: Journal,
-        total: int,
-        done: int,
-        tell: Callable[[int, int], None] | None,
+        self, settings: GenerateSettings, journal: Journal, total: int, what: str, progress: Progress | None
     ) -> None:
-        self.settings, self.journal, self.total, self.done = settings, journal, total, done
-        self.progress = tell or (lambda done, total: None)
+        self.settings, self.journal, self.total, self.what = settings, journal, total, what
+        self.progress = progress or (lambda what, done, total: None)
         self.failed: dict[str, str] = {}
         self.stopped: GraftError | None = None
         self.enough = False
-        self.answered = 0
+        self.done = self.answered = 0
         self.pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        self.budget = Budget(settings, journal.cost)
 
-    async def all(self, jobs: Sequence[Job]) -> None:
+    def fetch(self, jobs: Sequence[Job]) -> None:
+        """Ask for what the journal does not have, last for what failed before. Raises as `generate`."""
+        missing = [job for job in jobs if job.key not in self.journal.answers]
+        missing.sort(key=lambda job: job.key in self.journal.failed)
+        self.done += len(jobs) - len(missing)
+        if missing:
+            asyncio.run(self._all(missing))
+        self._check()
+
+    async def _all(self, jobs: Sequence[Job]) -> None:
         """Ask for all; the first error that no retry mends is raised when the requests under way are answered."""
         waiting = iter(jobs)
+        self.budget = Budget(self.settings, self.journal.cost)
         async with Endpoint(self.settings) as endpoint:
             count = min(self.settings.concurrency, len(jobs))
             await asyncio.gather(*(self._work(waiting, endpoint) for _ in range(count)))
         if self.stopped is not None:
             raise self.stopped
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse a run in which too many prompts have no answer.
 
         Raises:
             DataError: with the commonest reason.
         """
-        if self.enough or len(self.failed) > self.settings.max_failed * self.total:
+        if self.enough:
             why, count = Counter(self.failed.values()).most_common(1)[0]
+            if not self._too_many():
+                raise DataError(
+                    f"generate: none of the first {len(self.failed)} prompts has an answer, most often: {why} "
+                    f"({count}); mend that and give the same command"
+                )
             raise DataError(
                 f"generate: {len(self.failed)} of {self.total} prompts have no answer, most often: {why} ({count}), "
                 f"and {self.answered} have one now (generate.max_failed is {self.settings.max_failed:g}); give the "
                 "same command to ask for what is missing"
             )
+
+    def _too_many(self) -> bool:
+        return len(self.failed) > self.settings.max_failed * self.total
+
+    def _ended(self) -> bool:
+        return self.stopped is not None or self.enough
 
     async def _work(self, waiting: Iterator[Job], endpoint: Endpoint) -> None:
         for job in waiting:
@@ -235,32 +247,40 @@ class _Run:
                 await self._job(job, endpoint)
             except GraftError as error:
                 self.stopped = self.stopped or error
-            if self.stopped is not None or self.enough:
+            if self._ended():
                 return
             self.done += 1
-            self.progress(self.done, self.total)
+            self.progress(self.what, self.done, self.total)
 
     async def _job(self, job: Job, endpoint: Endpoint) -> None:
-        why = ""
-        for attempt in range(self.settings.retries + 1):
+        """Try until it is answered or the tries are used up.
+
+        An endpoint that says when to come back, and answered others meanwhile, is busy: that counts as no try.
+        """
+        counted, others = 0, self.answered
+        for tries in itertools.count(1):
             try:
-                line = await self._try(job, endpoint, attempt)
+                line = await self._try(job, endpoint, tries)
             except Again as again:
-                why = again.why
-                if self.stopped is not None or self.enough:
+                if self._ended():
                     return
-                if attempt < self.settings.retries:
-                    await self._back_off(attempt, again.wait)
+                counted += again.wait is None or self.answered == others
+                others = self.answered
+                if again.final or counted > self.settings.retries:
+                    self.failed[job.key] = again.why
+                    break
+                await self._back_off(max(0, counted - 1), again.wait)
+                if self._ended():
+                    return
             else:
                 self.answered += 1
                 self.journal.add(line)
                 return
-        self.failed[job.key] = why
-        self.journal.add(self._name(job) | {"failed": why, "time": _now()})
-        hopeless = not self.answered and len(self.failed) >= self.settings.concurrency
-        self.enough = hopeless or len(self.failed) > self.settings.max_failed * self.total
+        self.journal.add(self._name(job) | {"failed": self.failed[job.key], "time": _now()})
+        hopeless = not self.journal.answers and len(self.failed) >= max(FEW, self.settings.concurrency)
+        self.enough = self.enough or hopeless or self._too_many()
 
-    async def _try(self, job: Job, endpoint: Endpoint, attempt: int) -> dict[str, Any]:
+    async def _try(self, job: Job, endpoint: Endpoint, tries: int) -> dict[str, Any]:
         size = len(json.dumps(job.request, ensure_ascii=False).encode("utf-8", "replace"))
         reserved = await self.budget.reserve(size)
         spent = 0.0
@@ -268,7 +288,7 @@ class _Run:
             tokens = size // 4 + self.settings.max_tokens
             while wait := self.pace.delay(time.monotonic(), tokens):
                 await asyncio.sleep(min(wait, 1.0))
-                if self.stopped is not None or self.enough:
+                if self._ended():
                     raise Again("not asked")
             entry = self.pace.start(time.monotonic(), tokens)
             try:
@@ -278,7 +298,7 @@ class _Run:
                 raise
             spent = self._price(answer.usage, reserved)
             entry[1] = float(sum(answer.usage.values())) or entry[1]
-            return self._line(job, answer, endpoint, attempt) | ({"cost": spent} if spent else {})
+            return self._line(job, answer, endpoint, tries) | ({"cost": spent} if spent else {})
         finally:
             await self.budget.settle(reserved, spent)
 
@@ -294,12 +314,17 @@ class _Run:
         return spent
 
     async def _back_off(self, attempt: int, wait: float | None) -> None:
-        """Twice as long after each try, by chance up to half less; or as the endpoint asks, which holds for all."""
+        """Twice as long after each try, by chance up to half less, so that not all come back at once.
+
+        What the endpoint asks to wait comes before that, and holds for all.
+        """
+        longest = min(LONGEST_BACKOFF, self.settings.backoff * 2.0**attempt)
+        until = time.monotonic() + longest * random.uniform(0.5, 1.0)
         if wait is not None:
             self.pace.hold(time.monotonic() + wait)
-        else:
-            longest = min(LONGEST_BACKOFF, self.settings.backoff * 2.0**attempt)
-            await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+            until += wait
+        while not self._ended() and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 1.0))
 
     def _name(self, job: Job) -> dict[str, Any]:
         item = job.item
@@ -311,7 +336,7 @@ class _Run:
             "sample": job.sample + 1,
         }
 
-    def _line(self, job: Job, answer: Answer, endpoint: Endpoint, attempt: int) -> dict[str, Any]:
+    def _line(self, job: Job, answer: Answer, endpoint: Endpoint, tries: int) -> dict[str, Any]:
         unprompted = {name: each for name, each in job.request.items() if name not in ("messages", "prompt")}
         return self._name(job) | {
             "text": answer.text,
@@ -324,7 +349,7 @@ class _Run:
             "usage": answer.usage,
             "time": _now(),
             "request_id": answer.request_id,
-            "tries": attempt + 1,
+            "tries": tries,
         }
 
 

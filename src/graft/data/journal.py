@@ -29,12 +29,13 @@ class Journal:
 
     Attributes:
         answers: the last answer for each key.
+        failed: keys of requests that failed in this or an earlier start, answered since or not.
         cost: the sum of all lines.
         repaired: a half-written last line, left by a kill, was removed.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.answers, self.cost = path, dict[str, dict[str, Any]](), 0.0
+        self.path, self.answers, self.failed, self.cost = path, dict[str, dict[str, Any]](), set[str](), 0.0
         self.repaired = self._repair()
         if path.exists():
             for number, text in enumerate(path.read_bytes().splitlines(), start=1):
@@ -58,6 +59,8 @@ class Journal:
         self.cost += line.get("cost", 0.0)
         if "text" in line:
             self.answers[line["key"]] = line
+        elif "key" in line:
+            self.failed.add(line["key"])
 
     def _repair(self) -> bool:
         if not self.path.exists():

@@ -9,6 +9,7 @@ depend on the answers before it: requests run side by side, and a stopped comman
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,12 +17,12 @@ from typing import Any
 from rouge_score import rouge_scorer, tokenize
 
 from graft.data.endpoint import body, digest
-from graft.data.generate import Job, Progress, fetch
+from graft.data.generate import Job, Progress, Run
 from graft.data.items import Item
 from graft.data.journal import Journal
 from graft.data.recipe import Recipe, SelfInstructSettings, SourceSettings
 from graft.data.rows import Row
-from graft.errors import ConfigError
+from graft.errors import ConfigError, DataError
 
 BATCH = 16
 """Requests between two looks at how many instructions are there; it decides what is asked, so it is no setting."""
@@ -31,6 +32,10 @@ BEYOND_TEXT = (
     *("map", "maps", "draw", "plot"),
 )
 """Words of tasks that a language model cannot do; the list of the paper's code."""
+NUMBERED = re.compile(
+    r"[\W_]*(?:task\W*)?\d+[\s*_]*(?:[.:)\]](?!\d)|[-\u2013\u2014](?=\s))[\s*]*(?P<text>.*)", re.IGNORECASE
+)
+"""A line with a number, "Task 9: ...", "**9.** ...", "9) ..." or "Task 9 - ...", and none such as "2.5 litres"."""
 
 
 def invent(
@@ -43,21 +48,31 @@ def invent(
 ) -> tuple[list[Row], Counter[str]]:
     """(the new instructions as rows, how many were left out for what reason).
 
-    There are fewer than `settings.count` if `settings.requests` were made before.
+    There are fewer than `settings.count` if `settings.requests` were made before, or a batch gave none.
+
+    Raises:
+        DataError: there is none, or as for `generate`.
     """
     if recipe.generate is None or len(seeds) < settings.shots:
         raise ConfigError(f"sources {source.called}: {settings.shots} shots of {len(seeds)} seeds; lower shots")
     pool = _Pool([_instruction(row) for row in seeds], settings.rouge)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
+    run = Run(recipe.generate, journal, settings.requests, "instructions", progress)
+    asked = 0
     for start in range(0, settings.requests, BATCH):
         numbers = range(start, min(start + BATCH, settings.requests))
         shown = [_drawn(source, settings, seeds, recipe.seed, number) for number in numbers]
         jobs = [_job(source, recipe, each, number) for number, each in zip(numbers, shown, strict=True)]
-        fetch(jobs, recipe.generate, journal, progress=progress, what="instructions")
+        run.fetch(jobs)
+        asked, before = asked + len(jobs), len(rows)
         for job, examples in zip(jobs, shown, strict=True):
             line = journal.answers.get(job.key)
-            for text in instructions(line["text"], recipe.generate.api) if line is not None else ():
+            if line is None:
+                continue
+            found = list(instructions(line["text"], recipe.generate.api))
+            dropped["answer without instructions"] += not found
+            for text in found:
                 why = _fault(text) or pool.like(text)
                 if why is not None:
                     dropped[why] += 1
@@ -65,8 +80,16 @@ def invent(
                     pool.add(text)
                     fields = {"prompt": text, "seeds": [row.index for row in examples]}
                     rows.append(Row(form="prompt", index=len(rows) + 1, source=source.data, prompt=text, fields=fields))
-        if len(rows) == settings.count:
+        if len(rows) in (before, settings.count):
             break
+    dropped["request for instructions without an answer"] = len(run.failed)
+    dropped = +dropped
+    if not rows:
+        why = ", ".join(f"{count} {what}" for what, count in dropped.items())
+        raise DataError(
+            f"sources {source.called}: no new instruction came of {asked} requests (left out: {why}); "
+            f"{journal.path} has the answers"
+        )
     return rows, dropped
 
 
@@ -80,15 +103,13 @@ def request_text(shown: Sequence[Row], api: str) -> str:
 
 
 def instructions(text: str, api: str) -> Iterator[str]:
-    """The instructions in an answer: lines with a number, "Task 9: ..." or "9. ..."; a completion begins with one."""
+    """The instructions in an answer: lines with a number (`NUMBERED`); a completion begins with one without."""
     for number, line in enumerate(text.strip().splitlines()):
-        line = line.strip().lstrip("*-# ")
-        head, mark, tail = line.partition(":") if line.casefold().startswith("task ") else line.partition(".")
-        label = head.casefold().removeprefix("task ").strip()
-        if mark and label.isdecimal():
-            yield tail.strip(" *")
+        found = NUMBERED.match(line)
+        if found is not None:
+            yield found["text"].strip(" *")
         elif number == 0 and api == "completions":
-            yield line
+            yield line.strip()
 
 
 class _Pool:
