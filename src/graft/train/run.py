@@ -134,8 +134,8 @@ def _train(
     model = open_model(run, data, tokenizer, None if opened is None else opened.model)
     with _quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
-        if opened is not None and opened.last_alone:
-            trainer.args.eval_on_start = False
+        if opened is not None and opened.last_alone and run.train.max_forgetting is None:
+            trainer.args.eval_on_start = False  # under a bound, the first adapter is the first to go back to
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         if run.data.general is not None:
             trainer.guard = Guard(run, model, tokenizer, folder / "checkpoints", data.names)
@@ -341,8 +341,8 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
         }
         if evaluated[0]["step"] == 0:
             found["eval_loss_before"] = evaluated[0]["eval_loss"]
-        if "general_loss" in kept:
-            found["general_loss_before"] = evaluated[0]["general_loss"]
+            if "general_loss" in kept:
+                found["general_loss_before"] = evaluated[0]["general_loss"]
         if trainer.guard is not None and trainer.guard.stopped:
             found["stopped_step"] = step
         found["kept_step"] = kept["step"]
