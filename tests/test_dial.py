@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ import graft
 from graft.base import load_base, load_tokenizer
 from graft.cli import app
 from graft.data.rows import load_rows
-from graft.errors import ConfigError, DataError
+from graft.errors import AdapterFileError, ConfigError, DataError
 from graft.evaluate.forgetting import forgetting
 from graft.evaluate.general import pieces
 from graft.evaluate.run import evaluate
+from graft.measure import dial as measured
 from graft.measure.dial import Dial, dial, recommend
 from graft.measure.runs import before_and_after, open_run, run_forgetting
 from graft.train.config import make_run
@@ -118,6 +120,34 @@ def test_a_stored_scale_is_the_weighted_entry_here_and_in_peft(trained: Callable
     assert not torch.allclose(got["whole"], got["weighted"], atol=1e-3), "the comparison itself must see a difference"
     with pytest.raises(ConfigError, match=r"adapter-0\.6 exists"):
         dial(folder, Dial(store=0.6), console=SILENT)
+
+
+def test_a_scale_that_cannot_be_stored_costs_no_trace(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves no adapter: its factors compute something else than the scaled adapter."""
+    folder = trained("refused", PLAIN)
+    right = measured.combine
+    monkeypatch.setattr(measured, "combine", lambda model, entry, name: right(model, {"task": 0.9}, name))
+    asked, shown = Dial(scales=(0.0, 1.0), store=0.3, tokens=64, limit=4), Console(record=True, file=io.StringIO())
+    with pytest.raises(AdapterFileError, match=r"adapter-0\.3: not stored, its logits are .* off those of scale 0\.3"):
+        dial(folder, asked, console=shown)
+    assert {file.name for file in (folder / "dial").iterdir()} == {"dial.json", "dial.png", "dial.svg"}
+    found = json.loads((folder / "dial" / "dial.json").read_text())
+    assert [point["scale"] for point in found["points"]] == [0, 1] and found["stored"] is None
+    assert "see " in shown.export_text()
+    monkeypatch.undo()
+    again = dial(folder, asked, console=SILENT)
+    assert json.loads((folder / "dial" / "dial.json").read_text()) == again
+    assert again["stored"] == str(folder / "dial" / "adapter-0.3") and Path(again["stored"]).is_dir()
+
+
+def test_bad_text_is_refused_before_any_row_is_scored(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "examine", lambda *args, **more: pytest.fail("the rows were scored"))
+    with pytest.raises(DataError, match="no such file"):
+        dial(trained("lora", PLAIN), Dial(text="missing.txt"), console=SILENT)
 
 
 def test_what_is_recommended() -> None:
