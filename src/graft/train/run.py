@@ -153,8 +153,8 @@ def _train(
             if trainer.trunk is not None:
                 console.print(trainer.trunk.plan, highlight=False, soft_wrap=True)
             recorder = _fit(trainer, folder, schedule, console)
-            if trainer.guard is not None and trainer.guard.told is not None:
-                console.print(trainer.guard.told, highlight=False, soft_wrap=True)
+            if trainer.guard is not None and (told := trainer.guard.told(_best(trainer))) is not None:
+                console.print(told, highlight=False, soft_wrap=True)
             if trainer.trunk is not None:
                 console.print(trainer.trunk.told, highlight=False, soft_wrap=True)
             if trainer.compiled is not None:
@@ -254,18 +254,24 @@ def _fit(trainer: GraftTrainer, folder: Path, schedule: Schedule, console: Conso
     finally:
         bar.close()
     step = trainer.state.global_step
-    if stopper.asked and step < schedule.steps:
+    ended = step >= schedule.steps or (trainer.guard is not None and trainer.guard.stopped)
+    if stopper.asked and not ended:
         raise Interrupted(
             f"{stopper.asked}: stopped after step {step} of {schedule.steps}; {trainer.newest} is saved, the same "
             "command goes on from there"
         )
-    best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+    best = _best(trainer)
     if best:
         if best != step:
             states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
     elif trainer.guard is not None and trainer.guard.over:
         trainer.guard.restore(trainer.model)
     return recorder
+
+
+def _best(trainer: GraftTrainer) -> int | None:
+    """The step of the best evaluation, if that is what is kept."""
+    return trainer.state.best_global_step if trainer.args.metric_for_best_model else None
 
 
 @contextlib.contextmanager
@@ -332,7 +338,7 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
         found["loss"] = losses[-1]
         found["tokens_per_second"] = round(sum(speeds) / len(speeds), 1)
     if evaluated:
-        best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+        best = _best(trainer)
         if not best and trainer.guard is not None and trainer.guard.over:
             best = trainer.guard.kept_step
         kept = next((line for line in evaluated if line["step"] == best), evaluated[-1])
