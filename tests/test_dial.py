@@ -158,6 +158,13 @@ def test_what_is_recommended() -> None:
     found = recommend(points[1:], "loss", 0.05)
     assert found["recommended"] is None and "the least is 0.1 at 0.5" in found["advice"]
     assert "as trained (scale 1) it is loss 1.5, forgetting 0.4" in recommend(points, "loss", 0.2)["advice"]
+    nan = {"scale": -1, "score": float("nan"), "kl": float("nan")}
+    assert recommend([nan, *points], "loss", None)["recommended"] == 1
+    assert recommend([nan, points[2]], "loss", 0.2)["advice"].endswith("the least is 0.4 at 1")
+    assert recommend([nan], "loss", 0.2) == {
+        "recommended": None,
+        "advice": "no scale has a finite score and forgetting",
+    }
 
 
 def test_what_has_no_dial_or_cannot_be_stored(trained: Callable[..., Path], place: Path, tmp_path: Path) -> None:

@@ -249,13 +249,14 @@ def test_a_trial_over_the_forgetting_bound_is_scored_as_what_it_keeps(
     """Of the low rate the last adapter, of the middle one the first, of the high one the base, as in the whole run."""
     text = tmp_path / "general.txt"
     text.write_text("Once there was an old river that nobody knew. " * 20, encoding="utf-8")
+    bound = {"max_forgetting": 2e-3, "on_forgetting": how}
     asked = settings(
         data={"train": rows["train"], "eval": rows["eval"], "template": "plain", "general": str(text)},
-        train={"max_steps": 6, "batch_size": 4, "warmup": 0, "eval_every": 1, "max_forgetting": 2e-3, "on_forgetting": how},
+        train={"max_steps": 6, "batch_size": 4, "warmup": 0, "eval_every": 1} | bound,
         search={"lrs": [1e-3, 3e-2, 1.0], "least_steps": 3},
         seeds=1,
         baselines={"base": False, "full": False, "icl": False},
-    )  # fmt: skip
+    )
     found = by_label(compare(asked, console=QUIET))["lora"]
     assert [each["status"] for each in found["tried"]] == ["ok", "ok", "ok"] and found["lr"] == 3e-2
     low, middle, high, whole = (json.loads((Path(unit["folder"]) / "row.json").read_text()) for unit in here.done)

@@ -175,9 +175,12 @@ def recommend(points: Sequence[dict[str, Any]], metric: str, bound: float | None
         bound: the largest KL, or None.
     """
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    allowed = [point for point in points if bound is None or point["kl"] <= bound]
+    finite = [point for point in points if math.isfinite(point["score"]) and math.isfinite(point["kl"])]
+    if not finite:
+        return {"recommended": None, "advice": "no scale has a finite score and forgetting"}
+    allowed = [point for point in finite if bound is None or point["kl"] <= bound]
     if not allowed:
-        least = min(points, key=lambda point: point["kl"])
+        least = min(finite, key=lambda point: point["kl"])
         return {
             "recommended": None,
             "advice": f"no scale forgets at most {bound:g} nats a token; the least is {least['kl']:.4g} at "

@@ -151,7 +151,7 @@ class Guard:
         """A line that says what the bound did; None if it did nothing.
 
         Args:
-            best: the step of the adapter that is kept for its score; None: that of the last evaluation within the bound.
+            best: the step of the adapter that is kept for its score; None: the last within the bound is kept.
         """
         if not self.over:
             return None
