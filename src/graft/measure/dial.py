@@ -132,8 +132,7 @@ def dial(
     result: dict[str, Any] = {"run": str(opened.folder), "adapter": name, "metric": metric, "points": points}
     result |= {"base_loss": lost[0].base_loss, "tokens": lost[0].tokens, "rows": len(rows), "text": str(text)}
     result["max_forgetting"] = asked.max_forgetting
-    result |= recommend(points, metric, asked.max_forgetting)
-    result["stored"] = None
+    result |= recommend(points, metric, asked.max_forgetting) | {"stored": None}
     place = _write(opened, result)
     for picture in PICTURES:
         plot(result, place / picture)
