@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ import graft
 from graft.base import load_base, load_tokenizer
 from graft.cli import app
 from graft.data.rows import load_rows
-from graft.errors import ConfigError, DataError
+from graft.errors import AdapterFileError, ConfigError, DataError
 from graft.evaluate.forgetting import forgetting
 from graft.evaluate.general import pieces
 from graft.evaluate.run import evaluate
+from graft.measure import dial as measured
 from graft.measure.dial import Dial, dial, recommend
 from graft.measure.runs import before_and_after, open_run, run_forgetting
 from graft.train.config import make_run
@@ -120,6 +122,34 @@ def test_a_stored_scale_is_the_weighted_entry_here_and_in_peft(trained: Callable
         dial(folder, Dial(store=0.6), console=SILENT)
 
 
+def test_a_scale_that_cannot_be_stored_costs_no_trace(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves no adapter: its factors compute something else than the scaled adapter."""
+    folder = trained("refused", PLAIN)
+    right = measured.combine
+    monkeypatch.setattr(measured, "combine", lambda model, entry, name: right(model, {"task": 0.9}, name))
+    asked, shown = Dial(scales=(0.0, 1.0), store=0.3, tokens=64, limit=4), Console(record=True, file=io.StringIO())
+    with pytest.raises(AdapterFileError, match=r"adapter-0\.3: not stored, its logits are .* off those of scale 0\.3"):
+        dial(folder, asked, console=shown)
+    assert {file.name for file in (folder / "dial").iterdir()} == {"dial.json", "dial.png", "dial.svg"}
+    found = json.loads((folder / "dial" / "dial.json").read_text())
+    assert [point["scale"] for point in found["points"]] == [0, 1] and found["stored"] is None
+    assert "see " in shown.export_text()
+    monkeypatch.undo()
+    again = dial(folder, asked, console=SILENT)
+    assert json.loads((folder / "dial" / "dial.json").read_text()) == again
+    assert again["stored"] == str(folder / "dial" / "adapter-0.3") and Path(again["stored"]).is_dir()
+
+
+def test_bad_text_is_refused_before_any_row_is_scored(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "examine", lambda *args, **more: pytest.fail("the rows were scored"))
+    with pytest.raises(DataError, match="no such file"):
+        dial(trained("lora", PLAIN), Dial(text="missing.txt"), console=SILENT)
+
+
 def test_what_is_recommended() -> None:
     points = [{"scale": s, "score": v, "kl": k} for s, v, k in ((0, 4.0, 0.0), (0.5, 2.0, 0.1), (1, 1.5, 0.4))]
     assert recommend(points, "loss", None)["recommended"] == 1
@@ -128,6 +158,13 @@ def test_what_is_recommended() -> None:
     found = recommend(points[1:], "loss", 0.05)
     assert found["recommended"] is None and "the least is 0.1 at 0.5" in found["advice"]
     assert "as trained (scale 1) it is loss 1.5, forgetting 0.4" in recommend(points, "loss", 0.2)["advice"]
+    nan = {"scale": -1, "score": float("nan"), "kl": float("nan")}
+    assert recommend([nan, *points], "loss", None)["recommended"] == 1
+    assert recommend([nan, points[2]], "loss", 0.2)["advice"].endswith("the least is 0.4 at 1")
+    assert recommend([nan], "loss", 0.2) == {
+        "recommended": None,
+        "advice": "no scale has a finite score and forgetting",
+    }
 
 
 def test_what_has_no_dial_or_cannot_be_stored(trained: Callable[..., Path], place: Path, tmp_path: Path) -> None:

@@ -240,3 +240,29 @@ def test_a_folder_of_something_else(settings: Callable[..., Compare], tmp_path: 
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="something else"):
         compare(settings(), console=QUIET)
+
+
+@pytest.mark.parametrize("how", ["stop", "regularise"])
+def test_a_trial_over_the_forgetting_bound_is_scored_as_what_it_keeps(
+    settings: Callable[..., Compare], rows: dict[str, str], here: Here, tmp_path: Path, how: str
+) -> None:
+    """Of the low rate the last adapter, of the middle one the first, of the high one the base, as in the whole run."""
+    text = tmp_path / "general.txt"
+    text.write_text("Once there was an old river that nobody knew. " * 20, encoding="utf-8")
+    bound = {"max_forgetting": 2e-3, "on_forgetting": how}
+    asked = settings(
+        data={"train": rows["train"], "eval": rows["eval"], "template": "plain", "general": str(text)},
+        train={"max_steps": 6, "batch_size": 4, "warmup": 0, "eval_every": 1} | bound,
+        search={"lrs": [1e-3, 3e-2, 1.0], "least_steps": 3},
+        seeds=1,
+        baselines={"base": False, "full": False, "icl": False},
+    )
+    found = by_label(compare(asked, console=QUIET))["lora"]
+    assert [each["status"] for each in found["tried"]] == ["ok", "ok", "ok"] and found["lr"] == 3e-2
+    low, middle, high, whole = (json.loads((Path(unit["folder"]) / "row.json").read_text()) for unit in here.done)
+    kept = [row["training"]["kept_step"] for row in (low, middle, high, whole)]
+    assert kept == [3, 1, 0, 1] and max(low["score"], high["score"]) < middle["score"]
+    assert low["training"]["forgetting_kl"] <= 2e-3 and high["training"]["forgetting_kl"] == 0
+    assert "the adapter has not trained" in high["note"] and "note" not in middle
+    assert high["score"] == -low["training"]["eval_loss_before"]
+    assert all(("stopped_step" in row["training"]) == (how == "stop") for row in (middle, high, whole))

@@ -111,6 +111,15 @@ def test_a_warm_up_in_steps_is_the_same_share_of_a_trial() -> None:
     assert grid.final(entry, 1e-3, 0)["run"]["train"]["warmup"] == 60
 
 
+def test_only_without_a_bound_a_trial_is_evaluated_at_its_end_alone() -> None:
+    entry, settings = Entry("lora", "method", METHOD, RATES), comparison()
+    for bound, every in ((None, 20), (0.1, 5)):
+        data = settings.data.model_copy(update={"general": "general.txt"})
+        train = settings.train.model_copy(update={"eval_every": 5, "max_forgetting": bound})
+        grid = Grid(settings.model_copy(update={"data": data, "train": train}), {}, STEPS)
+        assert grid.trial(entry, 1e-3, 20)["run"]["train"]["eval_every"] == every
+
+
 def test_the_edge_of_the_grid_is_named() -> None:
     entry = Entry("lora", "method", METHOD, RATES)
     found, _ = played(entry, Grid(comparison(), {}, STEPS), lambda unit: unit["lr"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from transformers import TrainerCallback
 import graft
 from graft.base import load_tokenizer
 from graft.errors import ConfigError, DataError, GraftError, TrainingError
-from graft.evaluate.forgetting import forgetting
+from graft.evaluate.forgetting import Forgetting, forgetting
 from graft.evaluate.opening import open_base
 from graft.fast import cross_entropy
 from graft.methods.lora import LoRA
+from graft.train import forgetting as guarding
 from graft.train import state as states
 from graft.train.config import Run
 from graft.train.forgetting import KEPT, Guard
 from graft.train.run import Result, train
+from graft.train.saving import SavingTrainer
 from graft.train.trainer import GraftTrainer
 from tiny import batch
 
@@ -320,3 +323,41 @@ def test_what_is_refused(settings: Settings, general: str, sources: dict[str, st
     drawn = {"method": "prefix_tuning", "length": 3}
     with pytest.raises(TrainingError, match="before the first step the KL"):
         quiet(settings(method=drawn, data=text, train={"max_forgetting": 1e-9}))
+
+
+def test_the_line_names_the_best_adapter_where_that_is_kept(settings: Settings, general: str) -> None:
+    """The best is the first evaluation, the last within the bound another."""
+    pace = {"max_steps": 4, "eval_every": 1, "schedule": "constant", "warmup": 0, "keep_best": "loss"}
+    run = settings(method=LORA, data={"general": general}, train={**pace, "max_forgetting": 1.0})
+    said = Console(record=True, file=io.StringIO(), width=300)
+    with pytest.MonkeyPatch.context() as patch:
+        rising = iter((0.0, 0.1, 0.2, 0.3, 2.0))
+        patch.setattr(guarding, "forgetting", lambda *_: [Forgetting(1.0, 1.0, next(rising), 8)])
+        patch.setattr(GraftTrainer, "_determine_best_metric", _first)
+        held = train(run, console=said)
+    assert held.metrics["kept_step"] == 1
+    assert "the run stopped, and the adapter of step 1, the best within it, is kept" in said.export_text()
+
+
+def _first(trainer: Any, metrics: dict[str, float], trial: Any) -> bool:
+    """As if the loss only rose after the first evaluation."""
+    rising = metrics | {"eval_loss": float(trainer.state.global_step)}
+    return SavingTrainer._determine_best_metric(trainer, rising, trial)
+
+
+def test_a_stop_that_is_asked_for_at_the_bound_ends_the_run(settings: Settings, general: str) -> None:
+    """The bound has ended it: nothing is left to go on from."""
+    pace = {"max_steps": 6, "eval_every": 2, "schedule": "constant", "warmup": 0, "max_forgetting": 1e-9}
+    held = quiet(settings(method=LORA, data={"general": general}, train=pace), callbacks=[_Asks(2)])
+    assert held.metrics["kept_step"] == 0 and held.metrics["stopped_step"] == 2
+
+
+class _Asks(TrainerCallback):
+    """SIGTERM during a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            signal.raise_signal(signal.SIGTERM)

@@ -99,7 +99,9 @@ def run_of(
     if lr is not None:
         train["lr"] = lr
     if steps is not None:
-        train |= {"max_steps": steps, "eval_every": steps, "save_every": steps, "keep_best": None}
+        train |= {"max_steps": steps, "save_every": steps, "keep_best": None}
+        if train["max_forgetting"] is None:  # else it is held to the bound at the same steps as the run
+            train["eval_every"] = steps
         if train["warmup"] >= 1 and whole is not None:
             train["warmup"] = train["warmup"] / whole  # the same share of a shorter run
     data = settings.data.model_dump(mode="json")

@@ -31,6 +31,10 @@ from graft.train.run import Interrupted, train
 from graft.train.setup import Data, Opened, read_data, rows_of, template_for
 
 ERROR, PEAK = "error.txt", "peak.json"
+UNTRAINED = (
+    "train.max_forgetting: no evaluation after the first step was within the bound, so the adapter has not trained; "
+    "evaluate more often (train.eval_every), or raise the bound"
+)
 CURVE = ("step", "loss", "eval_loss", "eval_accuracy")
 
 
@@ -181,7 +185,8 @@ def _trained(result: Result) -> Row:
     stored = json.loads((result.folder / "result.json").read_text(encoding="utf-8"))
     lines = read_lines(result.folder / "metrics.jsonl")
     seconds = result.metrics.get("step_seconds")
-    return {
+    found: Row = {"note": UNTRAINED} if result.metrics.get("kept_step") == 0 else {}
+    return found | {
         "batch_size": result.run.train.batch_size * result.run.train.accumulate,
         "training_its": 1 / seconds if seconds else None,
         "training": result.metrics,

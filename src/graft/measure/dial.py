@@ -19,14 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from graft import files, probe
+from graft import files, files_disk, probe
 from graft.adapt import detach
 from graft.bank import bank_of
 from graft.combining import combine
 from graft.errors import AdapterFileError, ConfigError
 from graft.evaluate.batches import Progress
-from graft.evaluate.forgetting import forgetting
-from graft.evaluate.general import LIMIT
+from graft.evaluate.forgetting import check_model, forgetting
+from graft.evaluate.general import LIMIT, pieces
 from graft.evaluate.metrics import NEEDS, known_metrics
 from graft.evaluate.run import default_metrics, examine
 from graft.measure.dial_plot import plot
@@ -103,6 +103,8 @@ def dial(
 
     Raises:
         ConfigError: no finished run, no rows or text, a method without a dial.
+        DataError: rows or text that cannot be read.
+        AdapterFileError: see `store`; all but the adapter is written then.
     """
     asked, console = asked or Dial(), console or Console()
     opened = open_run(folder, device=device)
@@ -115,12 +117,14 @@ def dial(
     entries = [{name: scale} for scale in scales]
     rows = opened.rows(asked.data, asked.limit, name)
     model, tokenizer, template = opened.opened.model, opened.opened.tokenizer, opened.opened.templates[name]
+    check_model(model)
+    sample = pieces(text, tokenizer, model.config, limit=asked.tokens)  # what is wrong with it shows before the rows
     size = max(1, ROWS // len(scales))
     metric = asked.metric or _metric(default_metrics(rows, template))
     found = examine(
         model, tokenizer, rows, template, entries, [metric], batch_size=size, truncate=True, progress=progress
     )
-    lost = forgetting(model, tokenizer, text, entries, limit=asked.tokens, batch_size=1, progress=progress)
+    lost = forgetting(model, tokenizer, sample, entries, batch_size=1, progress=progress)
     points = [
         {"scale": scale, "score": scores[metric], "kl": each.kl, "loss": each.loss}
         for scale, scores, each in zip(scales, found.scores.values(), lost, strict=True)
@@ -128,15 +132,24 @@ def dial(
     result: dict[str, Any] = {"run": str(opened.folder), "adapter": name, "metric": metric, "points": points}
     result |= {"base_loss": lost[0].base_loss, "tokens": lost[0].tokens, "rows": len(rows), "text": str(text)}
     result["max_forgetting"] = asked.max_forgetting
-    result |= recommend(points, metric, asked.max_forgetting)
-    place = opened.folder / FOLDER
-    place.mkdir(exist_ok=True)
-    result["stored"] = None if asked.store is None else str(store(opened, name, asked.store))
-    write_text(place / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    result |= recommend(points, metric, asked.max_forgetting) | {"stored": None}
+    place = _write(opened, result)
     for picture in PICTURES:
         plot(result, place / picture)
-    show(result, console)
+    try:
+        if asked.store is not None:
+            result["stored"] = str(store(opened, name, asked.store))
+            _write(opened, result)
+    finally:  # what cannot be stored has been traced all the same
+        show(result, console)
     return result
+
+
+def _write(opened: OpenedRun, result: dict[str, Any]) -> Path:
+    place = opened.folder / FOLDER
+    place.mkdir(exist_ok=True)
+    write_text(place / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return place
 
 
 def check_dial(opened: OpenedRun, name: str) -> None:
@@ -161,9 +174,12 @@ def recommend(points: Sequence[dict[str, Any]], metric: str, bound: float | None
         bound: the largest KL, or None.
     """
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    allowed = [point for point in points if bound is None or point["kl"] <= bound]
+    finite = [point for point in points if math.isfinite(point["score"]) and math.isfinite(point["kl"])]
+    if not finite:
+        return {"recommended": None, "advice": "no scale has a finite score and forgetting"}
+    allowed = [point for point in finite if bound is None or point["kl"] <= bound]
     if not allowed:
-        least = min(points, key=lambda point: point["kl"])
+        least = min(finite, key=lambda point: point["kl"])
         return {
             "recommended": None,
             "advice": f"no scale forgets at most {bound:g} nats a token; the least is {least['kl']:.4g} at "
@@ -180,7 +196,7 @@ def recommend(points: Sequence[dict[str, Any]], metric: str, bound: float | None
 
 
 def store(opened: OpenedRun, name: str, scale: float) -> Path:
-    """Write the adapter with a scale folded into its low-rank factors, and check that it computes the same.
+    """Write the adapter with a scale folded into its low-rank factors, if what is written computes the same.
 
     Returns:
         `dial/adapter-SCALE` of the run: an adapter of its own, LoRA in peft's form, whatever low-rank method it was.
@@ -194,16 +210,18 @@ def store(opened: OpenedRun, name: str, scale: float) -> Path:
     folded, again = f"{name}-{scale:g}", f"{name}-{scale:g}-stored"
     combine(model, {name: scale}, folded)
     try:
-        place.parent.mkdir(exist_ok=True)
-        files.save(model, folded, place, template=opened.opened.templates[name].to_dict(), form="peft")
-        files.load(model, place, again)
-        ids = list(range(2, 10))
-        left, right = (probe.logits(model, entry, ids) for entry in ({name: scale}, again))
-        apart = float((left - right).abs().max() / left.abs().max().clamp(min=1e-12))
-        if not apart <= SAME:
-            raise AdapterFileError(
-                f"{place}: its logits are {apart:.2g} off those of scale {scale:g}; it is not to be used"
-            )
+        with files_disk.fresh(place) as new:
+            files.save(model, folded, new, template=opened.opened.templates[name].to_dict(), form="peft")
+            files.load(model, new, again)
+            ids = list(range(2, 10))
+            left, right = (probe.logits(model, entry, ids) for entry in ({name: scale}, again))
+            apart = float((left - right).abs().max() / left.abs().max().clamp(min=1e-12))
+            if not apart <= SAME:
+                raise AdapterFileError(
+                    f"{place}: not stored, its logits are {apart:.2g} off those of scale {scale:g}; use it with a "
+                    f"weight instead: graft.use(model, {{{name!r}: {scale:g}}})"
+                )
+            new.rename(place)
     finally:
         for each in (folded, again):
             if each in bank_of(model).names:

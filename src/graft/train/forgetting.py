@@ -147,16 +147,19 @@ class Guard:
 
     # At the end, and between starts.
 
-    @property
-    def told(self) -> str | None:
-        """A line that says what the bound did; None if it did nothing."""
+    def told(self, best: int | None) -> str | None:
+        """A line that says what the bound did; None if it did nothing.
+
+        Args:
+            best: the step of the adapter that is kept for its score; None: the last within the bound is kept.
+        """
         if not self.over:
             return None
         what = "the run stopped" if self.stopped else "the run ended"
-        told = (
-            f"forgetting is {self.kl:.4g} nats a token, over train.max_forgetting {self.bound:g}: {what}, and the "
-            f"adapter of step {self.kept_step} ({self.kept_kl:.4g}) is kept"
-        )
+        told = f"forgetting is {self.kl:.4g} nats a token, over train.max_forgetting {self.bound:g}: {what}, and the "
+        if best:
+            return f"{told}adapter of step {best}, the best within it, is kept"
+        told += f"adapter of step {self.kept_step} ({self.kept_kl:.4g}) is kept"
         return told if self.kept_step else f"{told}, which has not trained; evaluate more often (train.eval_every)"
 
     def restore(self, model: nn.Module) -> None:

@@ -134,8 +134,8 @@ def _train(
     model = open_model(run, data, tokenizer, None if opened is None else opened.model)
     with _quiet_transformers(), checkpointing(model, run.train.gradient_checkpointing):
         trainer = _trainer(run, folder, model, tokenizer, data, schedule, autocast, callbacks)
-        if opened is not None and opened.last_alone:
-            trainer.args.eval_on_start = False
+        if opened is not None and opened.last_alone and run.train.max_forgetting is None:
+            trainer.args.eval_on_start = False  # under a bound, the first adapter is the first to go back to
         trainer.rates = functools.partial(rate, kind=run.train.schedule, steps=schedule.steps, warmup=warmup)
         if run.data.general is not None:
             trainer.guard = Guard(run, model, tokenizer, folder / "checkpoints", data.names)
@@ -153,8 +153,8 @@ def _train(
             if trainer.trunk is not None:
                 console.print(trainer.trunk.plan, highlight=False, soft_wrap=True)
             recorder = _fit(trainer, folder, schedule, console)
-            if trainer.guard is not None and trainer.guard.told is not None:
-                console.print(trainer.guard.told, highlight=False, soft_wrap=True)
+            if trainer.guard is not None and (told := trainer.guard.told(_best(trainer))) is not None:
+                console.print(told, highlight=False, soft_wrap=True)
             if trainer.trunk is not None:
                 console.print(trainer.trunk.told, highlight=False, soft_wrap=True)
             if trainer.compiled is not None:
@@ -254,18 +254,24 @@ def _fit(trainer: GraftTrainer, folder: Path, schedule: Schedule, console: Conso
     finally:
         bar.close()
     step = trainer.state.global_step
-    if stopper.asked and step < schedule.steps:
+    ended = step >= schedule.steps or (trainer.guard is not None and trainer.guard.stopped)
+    if stopper.asked and not ended:
         raise Interrupted(
             f"{stopper.asked}: stopped after step {step} of {schedule.steps}; {trainer.newest} is saved, the same "
             "command goes on from there"
         )
-    best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+    best = _best(trainer)
     if best:
         if best != step:
             states.read(trainer.model, folder / "checkpoints" / f"{states.PREFIX}{best}" / states.STATE)
     elif trainer.guard is not None and trainer.guard.over:
         trainer.guard.restore(trainer.model)
     return recorder
+
+
+def _best(trainer: GraftTrainer) -> int | None:
+    """The step of the best evaluation, if that is what is kept."""
+    return trainer.state.best_global_step if trainer.args.metric_for_best_model else None
 
 
 @contextlib.contextmanager
@@ -332,7 +338,7 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
         found["loss"] = losses[-1]
         found["tokens_per_second"] = round(sum(speeds) / len(speeds), 1)
     if evaluated:
-        best = trainer.state.best_global_step if trainer.args.metric_for_best_model else None
+        best = _best(trainer)
         if not best and trainer.guard is not None and trainer.guard.over:
             best = trainer.guard.kept_step
         kept = next((line for line in evaluated if line["step"] == best), evaluated[-1])
@@ -341,8 +347,8 @@ def _metrics(recorder: Recorder, trainer: GraftTrainer) -> dict[str, float]:
         }
         if evaluated[0]["step"] == 0:
             found["eval_loss_before"] = evaluated[0]["eval_loss"]
-        if "general_loss" in kept:
-            found["general_loss_before"] = evaluated[0]["general_loss"]
+            if "general_loss" in kept:
+                found["general_loss_before"] = evaluated[0]["general_loss"]
         if trainer.guard is not None and trainer.guard.stopped:
             found["stopped_step"] = step
         found["kept_step"] = kept["step"]

@@ -60,7 +60,7 @@ class Opened:
     Attributes:
         data: what `read_data` gives for the run.
         model: the base without the run's adapters, which stay attached; None: it is loaded.
-        last_alone: evaluate at the end and not before the first step.
+        last_alone: evaluate at the end and not before the first step, unless there is a bound to hold from the start.
     """
 
     data: Data
