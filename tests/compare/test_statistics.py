@@ -72,7 +72,7 @@ def test_no_variance() -> None:
 
 
 def test_other_values_without_variance_are_undecided() -> None:
-    """Ten rows and two seeds each: they differ by one row. Nothing was tested, so the correction of others has it not."""
+    """Ten rows, two seeds each: they differ by one row. Nothing was tested, so no correction of others counts it."""
     found = verdict({"a": [0.8, 0.8], "b": [0.9, 0.9]}, {"a": 1.0, "b": 2.0}, quality="accuracy")
     assert (found.best, found.same_as_best, found.undecided, found.worse) == ("b", ["a"], ["a"], [])
     assert found.lines == [
