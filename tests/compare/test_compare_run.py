@@ -18,6 +18,9 @@ import yaml
 from compare_here import ANIMALS, Here
 from rich.console import Console
 
+from graft.base import load_config, load_tokenizer
+from graft.compare.before import checked
+from graft.compare.executors import Local
 from graft.compare.run import compare
 from graft.compare.settings import Compare, Icl, make_compare
 from graft.errors import ConfigError, DataError
@@ -143,6 +146,7 @@ def _wait_for(folder: Path, rows: int, process: subprocess.Popen[bytes]) -> None
         ({"metrics": ["blue"]}, "bleu"),
         ({"serch": {}}, "search"),
         ({"search": {"lrs": []}}, "search.lrs"),
+        ({"methods": {"x": {"method": "lora", "train": {"lr": "fast"}}}}, "methods.x"),
     ],
 )
 def test_bad_settings(settings: Callable[..., Compare], parts: dict[str, Any], message: str) -> None:
@@ -156,13 +160,26 @@ def test_test_rows_that_were_trained(settings: Callable[..., Compare], rows: dic
 
 
 def test_an_entry_s_own_rate_and_budget(settings: Callable[..., Compare], here: Here) -> None:
-    methods = {"long": {"method": "lora", "train": {"lr": 5e-3, "max_steps": 6}}, "short": "lora"}
+    methods = {"long": {"method": "lora", "train": {"lr": "5e-3", "max_steps": 6}}, "short": "lora"}  # YAML: a text
     found = by_label(compare(settings(methods=methods, seeds=1, search={"kind": "none"}), console=QUIET))
     assert [(unit["label"], unit["lr"], unit["steps"]) for unit in here.done[:2]] == [
         ("long", 5e-3, 6),
         ("short", 2e-4, 4),
     ]
     assert found["long"]["lr"] == 5e-3
+
+
+def test_what_an_entry_has_of_its_own_is_said(settings: Callable[..., Compare], here: Here) -> None:
+    own = {"method": "lora", "train": {"max_steps": 6, "weight_decay": "1e-2"}, "peft_compat": True}
+    methods = {"long": own, "short": "lora", "slow": {"method": "lora", "lrs": [1e-5]}}
+    asked = settings(methods=methods, seeds=1, search={"lrs": [1e-2]}, baselines={"full": False, "icl": False})
+    found = compare(asked, console=QUIET)
+    entries = by_label(found)
+    assert entries["long"]["settings"]["train"] == {"max_steps": 6, "weight_decay": 0.01}
+    assert entries["long"]["settings"]["peft_compat"] is True
+    assert not {"train", "peft_compat"} & set(entries["short"]["settings"])
+    assert found["budget"]["except"] == ["long: max_steps, weight_decay"] and found["search"]["except"] == ["slow"]
+    assert found["search"]["metric"] == "loss"
 
 
 def test_another_base_at_the_same_place_runs_anew(
@@ -228,6 +245,65 @@ def test_bad_data_is_said_once_and_nothing_is_written(settings: Callable[..., Co
     with pytest.raises(DataError, match="nothing"):
         compare(settings(data={"train": str(tmp_path / "nothing.jsonl"), "eval": 0.1}), console=QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def written(folder: Path, pairs: list[tuple[str, str]]) -> str:
+    """A file of prompts and completions."""
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder / "rows.jsonl")
+
+
+def test_answers_without_latin_letters_have_no_rouge(
+    settings: Callable[..., Compare], here: Here, tmp_path: Path
+) -> None:
+    test = written(tmp_path / "test", [("What is it?", "кот"), ("And this?", "собака")])
+    asked = settings(
+        methods=["ia3"], metrics=None, test=test, seeds=1, max_new_tokens=2, search={"kind": "none"},
+        baselines={"full": False, "icl": False},
+    )  # fmt: skip
+    found = compare(asked, console=QUIET)
+    assert found["metrics"] == ["bleu", "loss", "perplexity", "exact_match"]
+    assert {entry["status"] for entry in found["entries"]} == {"ok"}
+    with pytest.raises(DataError, match="rouge-score reads only Latin"):
+        compare(asked.model_copy(update={"metrics": ("loss", "rouge_l")}), console=QUIET)
+
+
+def test_prompts_without_room_for_an_answer_are_refused_though_rows_may_be_cut(
+    settings: Callable[..., Compare], rows: dict[str, str], here: Here, tmp_path: Path
+) -> None:
+    """Losses are measured on cut rows; nothing can be written behind a prompt that fills the context."""
+    data = {"train": rows["train"], "eval": rows["eval"], "template": "plain", "truncate": True}
+    asked = settings(methods=["ia3"], seeds=1, search={"kind": "none"}, baselines={"full": False}, data=data)
+    context = load_config(asked.base).max_position_embeddings
+
+    def having(tokens: int, metric: str) -> Compare:
+        prompt = "cat" + " cat" * (tokens - 1 - extra)
+        test = written(tmp_path / "test", [(prompt, "dog"), ("A cat", "bird")])
+        return asked.model_copy(update={"test": test, "metrics": (metric,)})
+
+    extra = 0
+    _, found, (row, _) = checked(having(20, "loss"))
+    extra = len(found.template.prompt_ids(row, load_tokenizer(asked.base))) - 20
+    checked(having(context - 1, "bleu"))
+    with pytest.raises(DataError, match=f"{context + 1} tokens, the context has {context}"):
+        compare(having(context, "bleu"), console=QUIET)
+    assert not here.done
+    cut = compare(having(context + 9, "loss"), console=QUIET)
+    assert by_label(cut)["ia3"]["status"] == "ok"
+
+
+def test_a_worker_imports_nothing_of_the_folder_it_starts_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit(3)")
+    (tmp_path / "row.json").write_text('{"kind": "final", "status": "ok", "why": null}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    local = Local(1)
+    local.start({"folder": str(tmp_path)})
+    _, row = local.next()
+    local.close()
+    assert row["status"] == "ok"
 
 
 def test_evaluation_rows_are_needed(base: str, rows: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,61 @@ def test_a_rate_that_fails_on_the_whole_budget_gives_way_to_the_next() -> None:
     found, asked = played(entry, Grid(comparison(eta=2), {}, {"lora": 40}), score)
     assert found.lr == 1e-3 and "0.01" in str(found.note) and [row["status"] for row in found.rows] == ["ok"] * 3
     assert [unit["lr"] for unit in asked if unit["kind"] == "final"] == [1e-2] * 3 + [1e-3] * 3
+
+
+def test_a_seed_that_fails_at_every_rate_leaves_the_other_seeds() -> None:
+    """Of the rates with the most good seeds the best; a rate whose bad seed is not the first is no good rate either."""
+    entry = Entry("lora", "method", METHOD, (1e-3, 1e-2, 1e-1))
+
+    def score(unit: Unit) -> float | None:
+        bad = unit["seed"] == 2 or (unit["lr"] == 1e-1 and unit["seed"] == 0)
+        return None if bad else -abs(unit["lr"] - 1e-2)
+
+    found, _ = played(entry, Grid(comparison(kind="exhaustive"), {}, STEPS), score)
+    assert found.lr == 1e-2 and [row["status"] for row in found.rows] == ["ok", "ok", "failed"]
+    assert [each["status"] for each in found.tried] == ["failed"] * 3
+    assert [each["why"] for each in found.tried] == ["the loss is nan"] * 3
+    assert [each["score"] for each in found.tried] == [pytest.approx(-9e-3), 0.0, None]
+    found, _ = played(entry, Grid(comparison(kind="exhaustive"), {}, STEPS), lambda unit: None)
+    assert found.lr is None and [row["why"] for row in found.rows] == ["the loss is nan"]
+
+
+@pytest.mark.parametrize("kind", ["halving", "exhaustive"])
+def test_a_score_that_is_no_number_is_a_failure(kind: str) -> None:
+    """JSON has no NaN: it comes back as null."""
+    entry = Entry("lora", "method", METHOD, (1e-3, 1e38))
+    going = flow(entry, Grid(comparison(kind=kind), {}, STEPS))
+    units = next(going)
+    found: Chosen | None = None
+    while found is None:
+        try:
+            units = going.send([made(unit, 0.5) | ({"score": None} if unit["lr"] > 1 else {}) for unit in units])
+        except StopIteration as end:
+            found = end.value
+    assert found.lr == 1e-3 and len(found.rows) == 3
+    assert [each["status"] for each in found.tried] == ["ok", "failed"] and "not finite" in found.tried[1]["why"]
+    going = flow(entry, Grid(comparison(kind=kind), {}, STEPS))
+    with pytest.raises(StopIteration) as ended:
+        going.send([made(unit, 0.5) | {"score": None} for unit in next(going)])
+    assert [row["status"] for row in ended.value.value.rows] == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("row", "metric", "words"),
+    [
+        ({"kind": "trial", "score": -6.17771}, "loss", "lora: lr 0.01, 10 steps: loss 6.1777"),
+        ({"kind": "trial", "score": 0.75}, "accuracy", "lora: lr 0.01, 10 steps: accuracy 0.7500"),
+        ({"kind": "trial", "score": None}, "loss", "lora: lr 0.01, 10 steps: loss –"),
+        ({"kind": "final", "quality": {"loss": None}}, "loss", "lora: lr 0.01, seed 0: loss –"),
+        ({"kind": "final", "quality": {"loss": 2.5}}, "loss", "lora: lr 0.01, seed 0: loss 2.5"),
+    ],
+)
+def test_the_line_of_a_run(row: Row, metric: str, words: str, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    Book(comparison(tmp_path, metric=metric), [], tmp_path, console).say(
+        {"label": "lora", "lr": 1e-2, "steps": 10, "seed": 0, **row}, {"status": "ok", **row}
+    )
+    assert console.file.getvalue() == f"{words}\n"  # type: ignore[attr-defined]
 
 
 def test_a_warm_up_in_steps_is_the_same_share_of_a_trial() -> None:

@@ -111,6 +111,24 @@ def test_the_verdict_and_numbers_are_in_the_page(tmp_path: Path) -> None:
     assert sum(attributes.get("data-value") == "65536.0" for attributes in page.all("td")) >= 1
 
 
+@pytest.mark.parametrize(("metric", "shown"), [("loss", "1.93"), ("accuracy", "-1.93")])
+def test_the_rates_tried_show_the_metric_itself(metric: str, shown: str, tmp_path: Path) -> None:
+    """A score is the higher the better; of a loss it is the negative."""
+    made = comparison() | {"search": {"metric": metric}}
+    page = page_of(tmp_path, made)
+    values = {attributes.get("data-value") for attributes in page.all("td")}
+    assert shown in values and not values & ({"-1.93", "1.93"} - {shown})
+    assert any(attributes.get("data-words") == metric for attributes in page.all("th"))
+
+
+def test_a_pair_without_variance_is_undecided(tmp_path: Path) -> None:
+    made = comparison()
+    made["entries"] = [entry(label, [run(seed, 5.0 + k, 10, 10) for seed in range(2)]) for k, label in enumerate("ab")]
+    page = page_of(tmp_path, made)
+    texts = {text.strip() for _, text in page.texts}
+    assert "undecided" in texts and any("no test can tell" in text for tag, text in page.texts if tag == "td")
+
+
 def test_labels_with_markup_are_text(tmp_path: Path) -> None:
     made = comparison() | {"title": MARKUP, "base": MARKUP, "metric": "bleu"}
     made["entries"][0] |= {"label": MARKUP, "method": MARKUP, "settings": {MARKUP: {MARKUP: [MARKUP]}}, "why": MARKUP}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from graft.compare.statistics import _holm, interval, pairs, verdict, welch
+from graft.compare.statistics import Pair, _holm, interval, pairs, verdict, welch
 from graft.errors import DataError
 
 GRIDS, METHODS, LEVEL = 200, 8, 0.05
@@ -65,10 +65,36 @@ def test_welch_by_hand_down_to_p() -> None:
     assert found.p == pytest.approx(one_sample.pvalue)
 
 
-@pytest.mark.parametrize(("other", "p", "word"), [(0.5, 1.0, "same"), (0.6, 0.0, "different")])
-def test_no_variance(other: float, p: float, word: str) -> None:
-    found = welch([0.5] * 3, [other] * 3)
-    assert found is not None and found.p == p and found.t is None and word in (found.note or "")
+def test_no_variance() -> None:
+    found = welch([0.5] * 3, [0.5] * 3)
+    assert found is not None and found.p == 1 and found.t is None and "same" in (found.note or "")
+    assert welch([0.5] * 3, [0.6] * 3) is None
+
+
+def test_other_values_without_variance_are_undecided() -> None:
+    """Ten rows, two seeds each: they differ by one row. Nothing was tested, so no correction of others counts it."""
+    found = verdict({"a": [0.8, 0.8], "b": [0.9, 0.9]}, {"a": 1.0, "b": 2.0}, quality="accuracy")
+    assert (found.best, found.same_as_best, found.undecided, found.worse) == ("b", ["a"], ["a"], [])
+    assert found.lines == [
+        "Best by accuracy: b (accuracy 0.9, mean of 2 seeds).",
+        "Undecided against b, without variance over the seeds no test can tell: a.",
+    ]
+    groups = {"a": [1.0, 1.1, 0.9], "b": [2.0, 2.3, 2.1]}
+    alone = pairs(groups)[0]
+    constant = {"c": [5.0] * 3, "d": [6.0] * 3}
+    both = pairs(groups | constant)
+    assert both[0].adjusted == pytest.approx(max(p * (5 - k) for k, p in enumerate(_ps(both)) if p <= _p(alone)))
+    assert both[-1].test is None and both[-1].undecided and both[-1].differ is False
+    assert "no test can tell" in (both[-1].why or "")
+
+
+def _ps(found: list[Pair]) -> list[float]:
+    return sorted(pair.test.p for pair in found if pair.test is not None)
+
+
+def _p(pair: Pair) -> float:
+    assert pair.test is not None
+    return pair.test.p
 
 
 def test_rounding_is_no_variance() -> None:
@@ -200,6 +226,9 @@ def test_nothing_and_one() -> None:
 def test_the_best_of_two() -> None:
     found = verdict({"a": [1.0, 1.1, 0.9], "b": [9.0, 9.1, 8.9]}, {})
     assert found.lines[1] == "It differs from a."
+    far = {"a": [1.0, 1.1, 0.9], "b": [9.0, 9.1, 8.9], "c": [5.0, 5.1, 4.9]}
+    assert verdict(far, {}).lines[1] == "It differs from both others."
+    assert verdict(far | {"d": [0.0, 0.1, 0.2]}, {}).lines[1] == "It differs from all 3 others."
 
 
 def test_ties_are_all_largest_sets() -> None:

@@ -64,6 +64,26 @@ def test_a_partial_entry_counts_its_finished_runs(tmp_path: Path) -> None:
     assert (found["quality"], found["seeds"], found["note"]) == (6.0, 2, "2 of 3 runs: out of memory")
 
 
+def test_a_partial_entry_is_named_as_left_out(tmp_path: Path) -> None:
+    """It may stand first in the table: the verdict that names another best says that it was not judged."""
+    failed = run(2, 0, 10, 10, status="failed", why="out of memory", quality={})
+    made = comparison()
+    made["entries"][1] |= {"runs": [run(0, 98.0, 10, 10), run(1, 99.0, 10, 10), failed], "status": "partial"}
+    found = summary_of(made, tmp_path)
+    assert found.rows[0].entry.label == "lora" and found.verdict.best != "lora"
+    assert found.verdict.lines[1] == "Left out, some of its runs failed: lora (2 of 3)."
+    alone = summary_of(made | {"entries": made["entries"][1:2]}, tmp_path / "alone")
+    assert alone.verdict.lines == [
+        "Nothing to compare: no entry came to its end with every seed.",
+        "Left out, some of its runs failed: lora (2 of 3).",
+    ]
+    made["entries"] = [*made["entries"][1:3], entry("a", [run(0, 1.0, 10, 10), failed], status="partial")]
+    assert summary_of(made, tmp_path / "one").verdict.lines[1:] == [
+        "Left out, some of their runs failed: lora (2 of 3) and a (1 of 2).",
+        "It is the only one that is left, so there is nothing to test it against.",
+    ]
+
+
 def test_nan_becomes_null_with_its_key(tmp_path: Path) -> None:
     made = comparison()
     made["entries"][1]["runs"][2]["quality"]["bleu"] = float("nan")

@@ -51,9 +51,12 @@ def checked(settings: Compare) -> tuple[Run, Data, list[Row]]:
     warmup_steps(run.train.warmup, schedule_of(run, data).steps)
     columns = {"test_split": settings.test_split, "test_columns": settings.test_columns}
     rows = after.test_rows(run, {"test": settings.test, "test_limit": settings.test_limit, **columns})
-    needs = {measures.NEEDS[name] for name in metrics_of(settings, rows, data.template)}
+    metrics = metrics_of(settings, rows, data.template)
+    needs = {measures.NEEDS[name] for name in metrics}
     check_rows(rows, data.template.mode, needs)
-    _check_test(run, data, rows, base.context_length(config, tokenizer))
+    if "rouge_l" in metrics:
+        _check_rouge(rows, data.template)
+    _check_test(run, data, rows, base.context_length(config, tokenizer), writes="text" in needs)
     return run, data, rows
 
 
@@ -62,6 +65,11 @@ def metrics_of(settings: Compare, rows: Sequence[Row], template: Template) -> tu
     if settings.metrics is not None:
         return tuple(measures.known_metrics(settings.metrics))
     fit = default_metrics(rows, template)
+    if "rouge_l" in fit:
+        try:
+            _check_rouge(rows, template)
+        except DataError:  # nobody asked for it
+            fit.remove("rouge_l")
     first = next(name for name in QUALITY if name in fit)
     return (first, *(name for name in fit if name != first))
 
@@ -102,8 +110,21 @@ def fits(
     return steps, unfit
 
 
-def _check_test(run: Run, data: Data, rows: Sequence[Row], context: int | None) -> None:
-    """The test's rows must have answers that the template knows, fit into the context, and be new to the training."""
+def _check_rouge(rows: Sequence[Row], template: Template) -> None:
+    """Ask ROUGE-L itself whether it reads any letter of the answers, before a model has written some.
+
+    Raises:
+        DataError: it reads none.
+    """
+    letters = {letter for row in rows for right in template.references(row) for letter in right}
+    measures.rouge_l([""], [["".join(letters)]])
+
+
+def _check_test(run: Run, data: Data, rows: Sequence[Row], context: int | None, writes: bool) -> None:
+    """The test's rows must have answers that the template knows, fit into the context, and be new to the training.
+
+    `writes`: answers are generated; rows may be cut for a loss, but a prompt must leave room for a token.
+    """
     template, tokenizer = data.template, base.load_tokenizer(run.base)
     for row in rows:
         if template.mode == "classification":
@@ -113,6 +134,10 @@ def _check_test(run: Run, data: Data, rows: Sequence[Row], context: int | None) 
     if not run.data.truncate:
         for example in template.examples(rows, tokenizer):
             check_length(example.row.where, max(len(example), len(example.labels)), context)
+    elif writes:
+        room = 0 if template.mode == "seq2seq" else 1
+        for row in rows:
+            check_length(row.where, len(template.prompt_ids(row, tokenizer)) + room, context)
     seen = {example.row.question: example.row for example in data.train}
     leaked = [row for row in rows if row.question in seen]
     if len(leaked) > run.data.limits.leaked:

@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from graft.compare.grid import Entry, Row, Unit
-from graft.compare.search import Chosen
+from graft.compare.search import Chosen, measured
 from graft.compare.settings import Compare
+from graft.compare.table import DASH
 from graft.disk import write_text
 from graft.train.config import Run
 from graft.train.schedule import Schedule
@@ -71,6 +72,12 @@ class Book:
             "entries": [],
             "notes": [],
         }
+        trained = {each.label: [key for key in each.train if key != "lr"] for each in self.lines}
+        if own := [f"{label}: {', '.join(keys)}" for label, keys in trained.items() if keys]:
+            self.found["budget"]["except"] = own
+        usual = (settings.train.lr,) if settings.search.kind == "none" else settings.search.lrs
+        if own := [each.label for each in self.lines if each.kind == "method" and each.lrs != usual]:
+            self.found["search"]["except"] = own
         if settings.test is None:
             self.found["notes"].append(
                 "The learning rates were chosen on the rows on which the quality is measured (no test was given), so "
@@ -85,9 +92,12 @@ class Book:
         if row["status"] != "ok":
             result = f"{row['status']}: {row['why']}"
         elif unit["kind"] == "trial":
-            result = f"score {row['score']:.4f}"
+            metric = self.settings.search.metric
+            score = measured(row["score"], metric)
+            result = f"{metric} {DASH if score is None else f'{score:.4f}'}"
         else:
-            result = f"{self.metric} {row['quality'][self.metric]:.4g}"
+            value = row["quality"][self.metric]
+            result = f"{self.metric} {DASH if value is None else f'{value:.4g}'}"
         seconds = f" ({row['wall_seconds']:.0f} s)" if "wall_seconds" in row else ""
         self.console.print(f"{unit['label']}: {what}: {result}{seconds}", highlight=False, soft_wrap=True, markup=False)
 
@@ -102,6 +112,7 @@ class Book:
         if len(self.made) > 1 and MIXED not in self.found["notes"]:
             self.found["notes"].append(MIXED)
         method = entry.method if isinstance(entry.method, dict) else {"method": entry.method}
+        own = ({"train": dict(entry.train)} if entry.train else {}) | dict(entry.run)
         good = [row for row in rows if row["status"] == "ok"]
         bad = [row for row in rows if row["status"] != "ok"]
         status = "ok" if not bad else "partial" if good else bad[0]["status"]
@@ -109,7 +120,7 @@ class Book:
             "label": entry.label,
             "kind": entry.kind,
             "method": method["method"] or entry.kind,
-            "settings": method if entry.kind == "method" else {},
+            "settings": method | own if entry.kind == "method" else {},
             "status": status,
             "why": bad[0]["why"] if bad else None,
             "note": chosen.note or next((row["note"] for row in good if row.get("note")), None),

@@ -67,7 +67,7 @@ class _Process:
     """A process that does units (see `graft.compare.worker`): JSON lines in, JSON lines out."""
 
     def __init__(self, number: int, of: int) -> None:
-        command = [sys.executable, "-m", "graft.compare.worker"]
+        command = [sys.executable, "-P", "-m", "graft.compare.worker"]  # -P: a queue.py of the user's is not Python's
         own: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}  # Ctrl-C is for us alone
         own["env"] = _environment(number, of)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **own)

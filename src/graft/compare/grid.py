@@ -81,7 +81,10 @@ def _entry(label: str, given: Any, settings: Compare) -> Entry:
         run = run_of(entry, settings, lr=lrs[0], seed=0, steps=None, output=settings.output)
     except ConfigError as error:
         raise ConfigError(f"{where}: {str(error).removeprefix('run: ')}") from None
-    return dataclasses.replace(entry, method=run.method.to_dict())
+    # As the run read them: YAML gives 1e-3 as text.
+    train = {key: value for key, value in run.train.model_dump(mode="json").items() if key in own.train}
+    lrs = (run.train.lr,) if "lr" in own.train else lrs
+    return dataclasses.replace(entry, method=run.method.to_dict(), lrs=lrs, train=train)
 
 
 def run_of(

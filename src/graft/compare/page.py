@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from graft.compare.field import Compared, Entry, One
 from graft.compare.pictures import curves_of
+from graft.compare.search import measured
 from graft.compare.statistics import Pair
 from graft.compare.table import COLUMNS, DASH, Row, Summary, quality_text, short, shown, used
 
@@ -219,7 +220,8 @@ def _pair(pair: Pair) -> str:
     start = f'<tr><th scope="row" class="text">{text(pair.a)}</th><td class="text">{text(pair.b)}</td>'
     test = pair.test
     if test is None:
-        return f'{start}{number(None) * 6}<td class="text">{text(pair.why)}</td></tr>'
+        tag = '<span class="tag plain">undecided</span> ' if pair.undecided else ""
+        return f'{start}{number(None) * 6}<td class="text">{tag}{text(pair.why)}</td></tr>'
     verdict = "differ" if pair.differ else "undecided" if pair.undecided else "do not differ"
     tag = {"differ": "tag bad", "undecided": "tag plain", "do not differ": "tag"}[verdict]
     between = f"{short(test.low)} to {short(test.high)}"
@@ -278,13 +280,14 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, An
 
 
 def _tried(entry: Entry, compared: Compared) -> str:
-    metric = compared.search.get("metric") or "score"
-    words = ("rung", "learning rate", "steps", str(metric), "seconds", "status")
+    metric = compared.search.get("metric")
+    words = ("rung", "learning rate", "steps", str(metric or "score"), "seconds", "status")
     heads = [head(each, "text" if each == "status" else "") for each in words]
     rows = [
         f"<tr>{number(one.rung, _whole(one.rung))}{number(one.lr, None if one.lr is None else f'{one.lr:g}')}"
         f"{number(one.steps, _whole(one.steps))}"
-        f'{number(one.score)}{number(one.seconds)}<td class="text">{text(one.why or one.status)}</td></tr>'
+        f"{number(measured(one.score, metric))}{number(one.seconds)}"
+        f'<td class="text">{text(one.why or one.status)}</td></tr>'
         for one in entry.tried
     ]
     return table(heads, rows, f"Learning rates tried for {entry.label}")

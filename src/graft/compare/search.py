@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from graft.compare.grid import Entry, Grid, Row, Unit
@@ -66,8 +67,8 @@ def flow(entry: Entry, grid: Grid) -> Flow:
     if len(rates) > 1:
         for rung, (count, steps) in enumerate(rungs(len(rates), grid.steps[entry.label], grid.settings.search)):
             rates = rates[:count]
-            rows = yield [grid.trial(entry, lr, steps) for lr in rates]
-            tried += [_tried(row, lr, rung, steps) for row, lr in zip(rows, rates, strict=True)]
+            rows = [_judged(row) for row in (yield [grid.trial(entry, lr, steps) for lr in rates])]
+            tried += [_tried([row], lr, rung, steps, row.get("score")) for row, lr in zip(rows, rates, strict=True)]
             if all(row["status"] != "ok" for row in rows):
                 return Chosen(None, [_worst(rows)], tried)
             rates = best(rates, [row.get("score") for row in rows])
@@ -85,18 +86,18 @@ def flow(entry: Entry, grid: Grid) -> Flow:
 
 
 def _exhaustive(entry: Entry, grid: Grid, seeds: Sequence[int]) -> Flow:
-    """Every rate and seed on the whole budget; the rate with the best mean evaluation is taken."""
+    """Every rate and seed on the whole budget. Of the rates with the fewest bad seeds, which should be none, the one
+    with the best mean evaluation is taken."""
     asked = [(lr, seed) for lr in entry.lrs for seed in seeds]
-    rows = yield [grid.final(entry, lr, seed) for lr, seed in asked]
+    rows = [_judged(row) for row in (yield [grid.final(entry, lr, seed) for lr, seed in asked])]
     by_rate = {lr: [row for row, (rate, _) in zip(rows, asked, strict=True) if rate == lr] for lr in entry.lrs}
-    scores = {lr: _mean([row.get("score") for row in found]) for lr, found in by_rate.items()}
-    tried = [
-        _tried(found[0], lr, 0, grid.steps[entry.label]) | {"score": scores[lr], "seconds": sum(map(_seconds, found))}
-        for lr, found in by_rate.items()
-    ]
-    if all(score is None for score in scores.values()):
+    good = {lr: [row["score"] for row in found if row["status"] == "ok"] for lr, found in by_rate.items()}
+    most = max(map(len, good.values()))
+    scores = {lr: fmean(found) if found and len(found) == most else None for lr, found in good.items()}
+    tried = [_tried(found, lr, 0, grid.steps[entry.label], scores[lr]) for lr, found in by_rate.items()]
+    if not most:
         return Chosen(None, [_worst(rows)], tried)
-    lr = best(entry.lrs, [scores[lr] for lr in entry.lrs])[0]
+    lr = best(entry.lrs, list(scores.values()))[0]
     return Chosen(lr, by_rate[lr], tried, _edge(lr, entry.lrs))
 
 
@@ -106,19 +107,23 @@ def best(rates: Sequence[float], scores: Sequence[float | None]) -> list[float]:
     return [rate for _, rate in sorted(known, key=lambda each: (-each[0], each[1]))]
 
 
-def _tried(row: Row, lr: float, rung: int, steps: int) -> dict[str, Any]:
-    found = {"lr": lr, "rung": rung, "steps": steps, "score": row.get("score"), "status": row["status"]}
-    return found | {"why": row["why"], "seconds": _seconds(row)}
+def measured(score: float | None, metric: str | None) -> float | None:
+    """The metric that a score, of which more is better, stands for: the score of a loss is its negative."""
+    return -score if score is not None and metric == "loss" else score
 
 
-def _seconds(row: Row) -> float:
-    return row.get("wall_seconds") or 0.0
+def _judged(row: Row) -> Row:
+    """The row of a run whose score was no finite number is that of a failure."""
+    if row["status"] != "ok" or row.get("score") is not None:
+        return row
+    return row | {"status": "failed", "why": "what the search goes by is not finite; lower the rate"}
 
 
-def _mean(scores: Sequence[float | None]) -> float | None:
-    """A rate at which a run fails is no rate to take."""
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if len(known) == len(scores) else None
+def _tried(rows: Sequence[Row], lr: float, rung: int, steps: int, score: float | None) -> dict[str, Any]:
+    """What came of a rate; the first bad run says the status and why."""
+    tells = next((row for row in rows if row["status"] != "ok"), rows[0])
+    found = {"lr": lr, "rung": rung, "steps": steps, "score": score, "status": tells["status"], "why": tells["why"]}
+    return found | {"seconds": sum(row.get("wall_seconds") or 0.0 for row in rows)}
 
 
 def _worst(rows: Sequence[Row]) -> Row:

@@ -17,6 +17,7 @@ from graft.errors import DataError
 
 CONSTANT = 1e-12
 """Values that lie closer together than this share of their size differ by rounding alone."""
+CANNOT = "without variance over the seeds no test can tell"
 NAMED, SETS = 8, 6
 """How many methods of a set, and how many sets that do not differ, the sentences name; the fields have all."""
 
@@ -35,7 +36,7 @@ class Interval:
 class Welch:
     """Welch's t-test of a against b (Welch 1947): mean(a) - mean(b) with its interval, and the two-sided p.
 
-    Without variance in both there is no t: the same means have p = 1, others p = 0, and `note` says so.
+    The same means without variance in both have no t and p = 1, and `note` says so.
     """
 
     difference: float
@@ -54,8 +55,9 @@ class Pair:
     Attributes:
         test: with the p of this pair alone; None where there is none, and `why`.
         adjusted: its p corrected by Holm over all pairs.
-        differ: the corrected p is at most the level.
-        undecided: only the p of this pair alone is, so that neither "differ" nor "do not differ" can be said.
+        differ: the corrected p is at most the level; None with one seed.
+        undecided: neither "differ" nor "do not differ" can be said: only the p of this pair alone is at most the level,
+            or there is no variance that a difference could be held against (and no test).
     """
 
     a: str
@@ -77,7 +79,7 @@ class Verdict:
         cheapest: the cheapest among the best and those that do not differ from it and are not undecided; None if no
             cost is known.
         same_as_best: those that the corrected tests do not tell from the best, without it, best first.
-        undecided: those of them that the test of the pair alone does tell from it.
+        undecided: those of them that the test of the pair alone does tell from it, or that no test can.
         worse: those that differ from it. untested: those that could not be tested against it.
         ties: the largest sets within which no two groups differ or are undecided, best first; from two groups on.
         pairs: every pair.
@@ -119,7 +121,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
 
 
 def welch(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Welch | None:
-    """Test whether two groups have the same mean, whatever their variances; None if one has fewer than two values.
+    """Test whether two groups have the same mean, whatever their variances; None where that cannot be tested: one has
+    fewer than two values, or the means differ and neither has any variance.
 
     Args:
         a, b: one number a seed.
@@ -137,9 +140,10 @@ def welch(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Welch 
     difference = mean_a - mean_b
     error = math.sqrt(part_a + part_b)
     if error == 0:
-        same = abs(difference) <= CONSTANT * max(abs(mean_a), abs(mean_b))
-        note = f"no variance in either: {'the same' if same else 'different'} values in every seed"
-        return Welch(difference, difference, difference, None, None, 1.0 if same else 0.0, note)
+        if abs(difference) > CONSTANT * max(abs(mean_a), abs(mean_b)):
+            return None
+        note = "no variance in either: the same values in every seed"
+        return Welch(difference, difference, difference, None, None, 1.0, note)
     share_a = part_a / (part_a + part_b)  # by shares: the squares of tiny variances would underflow
     df = 1 / (share_a**2 / (len(a) - 1) + (1 - share_a) ** 2 / (len(b) - 1))
     t = difference / error
@@ -167,9 +171,11 @@ def pairs(groups: Mapping[str, Sequence[float]], level: float = 0.05, fixed: Col
     corrected = iter(_holm([test.p for test in tests if test is not None]))
     found = []
     for (a, b), test in zip(couples, tests, strict=True):
-        if test is None:
-            short = " and ".join(name for name in (a, b) if len(known[name]) < 2)
+        short = " and ".join(name for name in (a, b) if len(known[name]) < 2)
+        if short:
             found.append(Pair(a, b, None, None, None, why=f"no test with one seed ({short})"))
+        elif test is None:
+            found.append(Pair(a, b, None, None, False, undecided=True, why=CANNOT))
         else:
             p = next(corrected)
             found.append(Pair(a, b, test, p, p <= level, test.p <= level < p))
@@ -185,6 +191,7 @@ def verdict(
     fixed: Collection[str] = (),
     quality: str = "quality",
     cost: str = "trainable parameters",
+    left_out: Sequence[str] = (),
 ) -> Verdict:
     """Say which group is best, which is the cheapest that does not differ from it, and which do not differ.
 
@@ -194,6 +201,7 @@ def verdict(
         higher_is_better: of the quality.
         level, fixed: as for `pairs`.
         quality, cost: the names in the sentences.
+        left_out: those that are not among the groups since some of their runs failed, for the sentences.
 
     Raises:
         DataError: a value is not finite.
@@ -201,8 +209,10 @@ def verdict(
     tested = pairs(groups, level, fixed)
     means = {name: _moments(values)[0] for name, values in groups.items() if values}
     ranked = sorted(means, key=lambda name: -means[name] if higher_is_better else means[name])
+    out = _left_out_line(left_out)
     if not ranked:
-        return Verdict(["Nothing to compare: no run has a value."], None, None, [], [], [], [], [], [])
+        why = "no entry came to its end with every seed" if out else "no run has a value"
+        return Verdict([f"Nothing to compare: {why}.", *out], None, None, [], [], [], [], [], [])
     best, others = ranked[0], ranked[1:]
     by_names = {frozenset((pair.a, pair.b)): pair for pair in tested}
     against = {name: by_names[frozenset((best, name))] for name in others}
@@ -213,16 +223,18 @@ def verdict(
     priced = [name for name in (best, *same) if costs.get(name) is not None and name not in undecided]
     cheapest = min(priced, key=lambda name: costs[name] or 0.0, default=None)
     ties = _ties(ranked, tested)
-    lines = [f"Best by {quality}: {best} ({quality} {_number(means[best])}, {_seeds(len(groups[best]))})."]
+    lines = [f"Best by {quality}: {best} ({quality} {_number(means[best])}, {_seeds(len(groups[best]))}).", *out]
     if not others:
-        lines.append("It is the only one with a value, so there is nothing to test it against.")
+        which = "that is left" if out else "with a value"
+        lines.append(f"It is the only one {which}, so there is nothing to test it against.")
     if worse and not (same or untested):
-        lines.append(f"It differs from all {len(worse)} others." if len(worse) > 1 else f"It differs from {worse[0]}.")
+        lines.append(f"It differs from {_all(worse)}.")
     if tied := [name for name in same if name not in undecided]:
         lines.append(_same_line(best, tied, against))
         lines.extend([] if cheapest is None else [_cheapest_line(best, cheapest, costs, cost)])
-    if undecided:
-        lines.append(f"Undecided against {best}, more seeds would tell: {_list(undecided)}.")
+    for words, tells in ((CANNOT, False), ("more seeds would tell", True)):
+        if some := [name for name in undecided if (against[name].test is not None) == tells]:
+            lines.append(f"Undecided against {best}, {words}: {_list(some)}.")
     if worse and (same or untested):
         lines.append(f"Worse than {best}: {_list(worse)}.")
     if untested:
@@ -232,6 +244,17 @@ def verdict(
 
 
 # -------------------------------------------------------------------------------------------------- sentences
+
+
+def _left_out_line(left_out: Sequence[str]) -> list[str]:
+    whose = "its" if len(left_out) == 1 else "their"
+    return [f"Left out, some of {whose} runs failed: {_list(left_out)}."] if left_out else []
+
+
+def _all(others: list[str]) -> str:
+    if len(others) == 1:
+        return others[0]
+    return "both others" if len(others) == 2 else f"all {len(others)} others"
 
 
 def _same_line(best: str, same: list[str], against: Mapping[str, Pair]) -> str:

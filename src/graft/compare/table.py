@@ -192,8 +192,9 @@ def summarize(compared: Compared, cost: str = "trainable", level: float = 0.05) 
     sign = -1 if compared.higher_is_better else 1
     rows.sort(key=lambda row: math.inf if row.quality is None else sign * row.quality.mean)
     costs = {row.entry.label: row.values.get(cost) for row in rows}
+    partial = [row.entry for row in rows if row.entry.status == "partial"]  # no winners by the seeds that are left
     found = verdict(
-        # The pairs with the best come first; what failed with some seeds is no winner by the others.
+        # The pairs with the best come first.
         {row.entry.label: groups[row.entry.label] for row in rows if row.entry.status != "partial"},
         costs,
         compared.higher_is_better,
@@ -201,6 +202,7 @@ def summarize(compared: Compared, cost: str = "trainable", level: float = 0.05) 
         fixed=compared.fixed(),
         quality=compared.metric,
         cost=COSTS[cost],
+        left_out=[f"{entry.label} ({len(entry.done)} of {len(entry.runs)})" for entry in partial],
     )
     return Summary(compared, rows, found, cost, level)
 
