@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from graft import base
 from graft.compare import executors, peak
+from graft.compare import run as running
 from graft.compare.executors import executor
-from graft.compare.settings import Executor
+from graft.compare.settings import Compare, Executor
 from graft.errors import ConfigError
+from graft.train.run import Interrupted
 
 GIVEN = "CUDA_VISIBLE_DEVICES"
 
@@ -78,6 +82,19 @@ def test_a_worker_sees_one_gpu(
     wanted: list[str | None],
 ) -> None:
     assert [env.get(GIVEN) for env in given(monkeypatch, count, seen, workers, device)] == wanted
+
+
+def test_the_executor_hears_of_the_device(settings: Callable[..., Compare], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def opened(*given: Any) -> Any:
+        asked.extend(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "opened", opened)
+    with pytest.raises(Interrupted):
+        running.compare(settings(device="cpu"), console=Console(quiet=True))
+    assert asked == [Executor(), "cpu"]
 
 
 def test_several_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
