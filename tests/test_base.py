@@ -159,3 +159,17 @@ def test_identity_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None
     weights = tmp_path / "b" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert identity(str(tmp_path / "b")) != first
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_identity_is_of_the_tokenizer_and_the_way_it_answers_too(tmp_path: Path, name: str) -> None:
+    """A README says nothing of the base."""
+    tiny("llama").save_pretrained(tmp_path)
+    load_tokenizer("embedded").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "README.md").write_text("of yesterday")
+    first = identity(str(tmp_path))
+    (tmp_path / "README.md").write_text("of today")
+    assert identity(str(tmp_path)) == first
+    (tmp_path / name).write_text((tmp_path / name).read_text() + " ")
+    assert identity(str(tmp_path)) != first

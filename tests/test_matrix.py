@@ -286,6 +286,21 @@ def test_another_base_at_the_same_place_makes_new_results(folder: Path, settings
     assert names[0] == names[1] != names[2]
 
 
+def test_another_kind_of_device_makes_new_results(settings: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is fp32 here and bf16 there; a device by its name is what it would be without."""
+
+    def name(device: str | None) -> str:
+        made = settings(device=device, precision="auto")
+        return matrix._file_name(made, matrix._sets(made), made.bases[0], "icl", 0, 0)
+
+    here = name(None)
+    assert name("cpu") == here
+    for asked, answer in (("is_available", True), ("is_bf16_supported", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, asked, lambda *_, answer=answer, **__: answer)
+    assert name("cpu") == here != name(None)
+    assert name(None) == name("cuda") == name("cuda:1")
+
+
 # ------------------------------------------------------------------------------------------------- what is said
 
 

@@ -44,6 +44,8 @@ TRAINED = ("Classification", "QuestionAnswering")
 """Endings of the auto classes whose task head an adapter trains."""
 
 EDGE = 1 << 20
+WORDS = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken")
+"""Endings of the files beside the weights: the config, the tokenizer, its templates, how answers are made."""
 
 
 def load_base(
@@ -160,8 +162,8 @@ def load_config(path: str | Path) -> PretrainedConfig:
 
 
 def identity(path: str) -> str:
-    """A short hash that changes with the base: of its config, a hub name's commit, and the sizes and edges of the files
-    of weights (1 MB from each end: all of a big base takes too long).
+    """A short hash that changes with the base: of its config, a hub name's commit, the files of the tokenizer and of
+    generation, and the sizes and edges of the files of weights (1 MB from each end: all of a big base takes too long).
 
     Raises:
         ConfigError: no such base.
@@ -171,7 +173,12 @@ def identity(path: str) -> str:
     known = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}  # not where it lies
     found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     found.update(str(getattr(config, "_commit_hash", None)).encode())
-    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else ():
+    files = sorted([*place.glob("*.*"), *place.glob("additional_chat_templates/*")]) if place.is_dir() else []
+    for file in files:
+        if file.suffix in WORDS and file.name != "config.json":
+            with file.open("rb") as words:
+                found.update(file.name.encode() + hashlib.file_digest(words, "sha256").digest())
+    for file in (each for each in files if each.suffix == ".safetensors"):
         size = file.stat().st_size
         found.update(f"{file.name}:{size}".encode())
         with file.open("rb") as weights:
@@ -221,7 +228,19 @@ def device_of(device: str | None) -> torch.device:
         raise ConfigError(f"device: unknown device {device!r}; use cpu, cuda or cuda:0") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {device} is asked for, but this machine has no GPU that torch can use; use cpu")
+    if found.type == "cuda" and found.index is not None and found.index >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device: {device} is asked for, but the last GPU here is cuda:{count - 1}")
     return found
+
+
+def device_kind(device: str | None) -> str:
+    """What of a device decides results: "cuda" or "cpu", and whether it computes in bf16; no matter which GPU it is.
+
+    Raises:
+        ConfigError: see `device_of`.
+    """
+    found = device_of(device)
+    return f"{found.type}, bf16: {computes_bf16(found)}"
 
 
 def _place(path: str | Path) -> str:

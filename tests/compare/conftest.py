@@ -72,7 +72,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     found = Here()
 
     @contextmanager
-    def opened(_: Any) -> Iterator[Here]:
+    def opened(*_: Any) -> Iterator[Here]:
         yield found
 
     monkeypatch.setattr(running, "opened", opened)

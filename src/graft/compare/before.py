@@ -82,9 +82,8 @@ def facts_of(settings: Compare, run: Run, data: Data, rows: Sequence[Row]) -> di
         facts["test"] = hashlib.sha256(text.encode()).hexdigest()
     if settings.forgetting is not None:
         facts["forgetting"] = hashlib.sha256("\0".join(documents(settings.forgetting)).encode()).hexdigest()
-    if settings.executor.kind == "local":
-        device = base.device_of(run.device)
-        facts["device"] = f"{device.type}, bf16: {base.computes_bf16(device)}"
+    here = settings.executor.kind == "local"
+    facts["device"] = base.device_kind(run.device) if here else f"of Ray, a GPU: {settings.executor.gpus > 0}"
     return facts
 
 
@@ -94,6 +93,7 @@ def fits(
     """By label the steps of the whole budget, and why an entry is skipped: the base or the machine cannot take it."""
     tokenizer, config = base.load_tokenizer(settings.base), base.load_config(settings.base)
     steps, unfit = dict[str, int](), dict[str, str]()
+    here = settings.executor.kind == "local"
     for entry in lines:
         if entry.kind != "method":
             continue
@@ -102,8 +102,8 @@ def fits(
         try:
             steps[entry.label] = schedule_of(run, data).steps
             warmup_steps(run.train.warmup, steps[entry.label])
-            check_settings(run, tokenizer, config)
-            if settings.executor.kind == "local" and not ran:  # it fitted before; less memory may be free by now
+            check_settings(run, tokenizer, config, here=here)
+            if here and not ran:  # it fitted before; less memory may be free by now
                 check_room(run, config, tokenizer, data, force=False, console=Console(quiet=True))
         except GraftError as error:
             unfit[entry.label] = str(error).removesuffix("; or --force tries it all the same")

@@ -22,6 +22,8 @@ LOST = 2
 PATIENCE = 60.0
 """Seconds that an interrupted worker has to save its checkpoint."""
 INTERRUPTED = "interrupted"
+SEEN = "CUDA_VISIBLE_DEVICES"
+"""The GPUs that a process sees, by number or UUID: the first is its `cuda:0`."""
 
 
 class Executor(Protocol):
@@ -41,19 +43,23 @@ class Executor(Protocol):
         """Stop what is under way; it keeps its checkpoints."""
 
 
-def executor(settings: Settings) -> Executor:
+def executor(settings: Settings, device: str | None = None) -> Executor:
     """The executor that the settings ask for.
+
+    Args:
+        settings: of the executor.
+        device: of the comparison; `cuda:1` names the GPU of this machine that all its workers get. Ray chooses itself.
 
     Raises:
         ConfigError: Ray is asked for and not installed, or its cluster does not answer.
     """
-    return Local(settings.workers) if settings.kind == "local" else OnRay(settings)
+    return Local(settings.workers, device) if settings.kind == "local" else OnRay(settings)
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[Executor]:
+def opened(settings: Settings, device: str | None = None) -> Iterator[Executor]:
     """The executor while the block runs."""
-    found = executor(settings)
+    found = executor(settings, device)
     try:
         yield found
     finally:
@@ -66,11 +72,11 @@ def opened(settings: Settings) -> Iterator[Executor]:
 class _Process:
     """A process that does units (see `graft.compare.worker`): JSON lines in, JSON lines out."""
 
-    def __init__(self, number: int, of: int) -> None:
+    def __init__(self, env: dict[str, str]) -> None:
         command = [sys.executable, "-P", "-m", "graft.compare.worker"]  # -P: a queue.py of the user's is not Python's
         own: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}  # Ctrl-C is for us alone
-        own["env"] = _environment(number, of)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **own)
+        own |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=env, **own)
         self.unit: Unit | None = None
 
     def start(self, unit: Unit) -> None:
@@ -94,8 +100,9 @@ class _Process:
 class Local:
     """Processes of this machine. They outlive a unit, so that the base is loaded once; one that dies is replaced."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, device: str | None) -> None:
         self.workers: list[_Process | None] = [None] * workers
+        self.device = device
         self.rows: queue.SimpleQueue[tuple[int, Row]] = queue.SimpleQueue()
 
     @property
@@ -104,7 +111,8 @@ class Local:
 
     def start(self, unit: Unit) -> None:
         number = next(i for i, worker in enumerate(self.workers) if worker is None or worker.unit is None)
-        worker = self.workers[number] = self.workers[number] or _Process(number, len(self.workers))
+        env = _environment(number, len(self.workers), self.device)
+        worker = self.workers[number] = self.workers[number] or _Process(env)
         worker.start(unit)
         threading.Thread(target=lambda: self.rows.put((number, worker.row())), daemon=True).start()
 
@@ -137,16 +145,18 @@ class Local:
         self.workers = [None] * len(self.workers)
 
 
-def _environment(number: int, of: int) -> dict[str, str]:
-    """Of several workers each gets a GPU of its own, while there are some, and its share of the cores."""
+def _environment(number: int, of: int, device: str | None) -> dict[str, str]:
+    """A worker's share of the cores, and one GPU alone: of several that it sees `Trainer` would take all at once. Units
+    then say `cuda` (see `Grid`), whichever it is."""
+    import torch
+
     own = dict(os.environ)
     if of > 1:
         own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // of)))
-        import torch
-
-        if torch.cuda.device_count() > 1:
-            seen = own.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-            own["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)]
+    asked, count = torch.device(device or "cuda"), torch.cuda.device_count()
+    if asked.type == "cuda" and count > 1:
+        seen = own.get(SEEN, ",".join(map(str, range(count)))).split(",")
+        own[SEEN] = seen[number % count if asked.index is None else asked.index].strip()
     return own
 
 

@@ -20,6 +20,9 @@ from graft.settings import validated
 from graft.train.config import Run, make_run
 
 RUNS = "runs"
+OF_TEST = ("test", "test_split", "test_columns", "test_limit", "metrics", "max_new_tokens")
+MEASURED = ("test", "forgetting")
+"""Facts that only a measurement of the same name reads."""
 ROW = "row.json"
 """Written last: without it a run is not finished."""
 
@@ -130,7 +133,8 @@ class Grid:
 
     Args:
         settings: of the comparison.
-        facts: what else decides a result: hashes of the base and of the data, the kind of device.
+        facts: what else decides a result: hashes of the base and of the data, the kind of device; those of `test` and
+            `forgetting` count where these are measured.
         steps: of a run on the whole budget, by the entry's label.
     """
 
@@ -157,10 +161,15 @@ class Grid:
         base = entry if entry.kind == "method" else Entry(entry.label, entry.kind, "lora")
         whole = self.steps.get(entry.label)
         run = run_of(base, settings, lr=lr, seed=seed, steps=steps, whole=whole).model_dump(mode="json")
+        if str(run["device"]).startswith("cuda"):
+            run["device"] = "cuda"  # a worker sees one alone
         if entry.kind != "method":
             del run["method"]
+            run["train"] = {"batch_size": run["train"]["eval_batch_size"] or run["train"]["batch_size"]}
         measure = self._measure(kind)
-        asked = {"kind": kind, "run": run, "measure": measure, "facts": self.facts}
+        facts = {key: value for key, value in self.facts.items() if key not in MEASURED or key in measure}
+        decides = {key: value for key, value in measure.items() if key != "keep"}
+        asked = {"kind": kind, "run": run, "measure": decides, "facts": facts}
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
         parts = [f"lr{lr:g}" if lr is not None else "", f"seed{seed}", f"steps{steps}" if steps else "", digest]
         place = self.folder / RUNS / slug(entry.label) / "-".join(part for part in parts if part)
@@ -171,20 +180,24 @@ class Grid:
 
     def _measure(self, kind: str) -> dict[str, Any]:
         """What is measured after a run; a trial is judged by its own evaluation rows."""
-        settings = self.settings
+        settings, icl = self.settings, self.settings.baselines.icl
         metric = {"metric": settings.search.metric}
         if kind == "trial":
             return metric
-        keys = ("test", "test_split", "test_columns", "test_limit", "metrics", "max_new_tokens", "forgetting")
-        found = metric | {key: getattr(settings, key) for key in (*keys, "latency", "keep")}
-        if kind in (ICL, BASE):
-            icl = settings.baselines.icl
-            found["icl"] = (icl if isinstance(icl, Icl) else Icl()).model_dump(mode="json")
+        found = {key: getattr(settings, key) for key in OF_TEST}
+        shown = (icl if isinstance(icl, Icl) else Icl()).model_dump(mode="json")
+        if kind == BASE:
+            found["icl"] = {"template": shown["template"]}
+        elif kind == ICL:
+            found |= {"icl": shown, "latency": settings.latency}
+        else:
+            found |= {key: getattr(settings, key) for key in ("forgetting", "latency", "keep")}
+            found |= metric if settings.search.kind == "exhaustive" else {"metric": "loss"}  # trials chose the rate
         return json.loads(json.dumps(found))
 
 
 def read_row(unit: Unit) -> Row | None:
-    """What came of a unit, if it is done."""
+    """What came of a unit, if it is done; a row whose adapter was not kept is none where it is to be kept."""
     file = Path(unit["folder"]) / ROW
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
@@ -194,7 +207,7 @@ def read_row(unit: Unit) -> Row | None:
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); remove it, and its run is done again") from None
-    return row
+    return None if row.get("kept") == "results" and unit["measure"].get("keep") == "adapters" else row
 
 
 def slug(label: str) -> str:

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from graft.adapt import detach
-from graft.base import identity, load_base, load_tokenizer
+from graft.base import device_kind, identity, load_base, load_tokenizer
 from graft.compare.cells import summary
 from graft.compare.matrix_page import write_page
 from graft.data.rows import Row, load_rows
@@ -326,6 +326,7 @@ def _file_name(settings: MatrixSettings, sets: _Sets, base: str, approach: str, 
     """Readable, and with a hash of all that the result depends on."""
     arm = settings.methods.get(approach)
     depends: list[Any] = [sets.digest, sets.bases[base], approach, seed, settings.precision]
+    depends.append(device_kind(settings.device))
     depends += [
         one_pattern(sets.template, pattern).to_dict(),
         None if approach == ZERO else [settings.shots, settings.balanced],

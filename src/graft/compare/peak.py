@@ -18,6 +18,7 @@ def reset(device: torch.device) -> None:
     """Begin to count."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.init()  # before it no GPU has an index
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError):  # glibc: what earlier runs left goes back to the system

@@ -68,7 +68,7 @@ def compare(settings: Compare, retry: bool = False, console: Console | None = No
         if retry:
             _forget_bad(folder)
         try:
-            with opened(settings.executor) as executor:
+            with opened(settings.executor, settings.device) as executor:
                 _drive(flows, {entry.label: entry for entry in lines}, executor, book)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {folder} keeps what is done, the same command goes on from there") from None

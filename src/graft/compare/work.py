@@ -26,7 +26,7 @@ from graft.evaluate.batches import bank_or_none
 from graft.evaluate.opening import open_base, template_of
 from graft.train.config import Run, make_run
 from graft.train.progress import read_lines
-from graft.train.result import Result
+from graft.train.result import Result, machine, versions
 from graft.train.run import Interrupted, train
 from graft.train.setup import Data, Opened, read_data, rows_of, template_for
 
@@ -127,7 +127,8 @@ class Worker:
         if unit["kind"] == "trial":
             return row | {"left": result.folder}
         row |= self._measured(run, result, unit["measure"], classify, tokenizer)
-        return row | {"left": result.folder if unit["measure"]["keep"] == "results" else result.folder / "checkpoints"}
+        kept = unit["measure"]["keep"]
+        return row | {"kept": kept, "left": result.folder if kept == "results" else result.folder / "checkpoints"}
 
     def _measured(
         self, run: Run, result: Result, measure: dict[str, Any], classify: bool, tokenizer: PreTrainedTokenizerBase
@@ -178,6 +179,7 @@ class Worker:
             found = {"quality": after.quality(model, tokenizer, rows, template, None, measure, cut, size)}
             found["evaluation_its"] = after.evaluation_speed(model, tokenizer, rows, template, None, size)
         found["counts"] = {"total": values(model), "trainable": 0, "saved": 0}
+        found |= {"machine": machine(model.device), "versions": versions()}
         return found | {"peak_bytes": peak.read(model.device)}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from graft.errors import ConfigError
 from graft.train.config import Run
@@ -49,15 +49,32 @@ class Result:
         return self.folder / "adapter"
 
 
-def result_dict(result: Result, model: nn.Module, data: Data) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Of Graft, Python and the libraries that decide a result."""
     import accelerate
     import numpy
     import safetensors
     import transformers
 
-    versions = {"graft": sys.modules["graft"].__version__, "python": platform.python_version()}
-    for module in (torch, transformers, accelerate, safetensors, numpy):
-        versions[module.__name__] = module.__version__
+    found = {"graft": sys.modules["graft"].__version__, "python": platform.python_version()}
+    return found | {each.__name__: each.__version__ for each in (torch, transformers, accelerate, safetensors, numpy)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where a run was: times of two machines are not comparable."""
+    found = {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads()}
+    return found | {"processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()}
+
+
+def _cpu() -> str:
+    """The model of the CPU, which Python knows for some systems alone."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def result_dict(result: Result, model: PreTrainedModel, data: Data) -> dict[str, Any]:
     total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("adapters."))
     return {
         "settings": result.run.model_dump(mode="json"),
@@ -67,8 +84,8 @@ def result_dict(result: Result, model: nn.Module, data: Data) -> dict[str, Any]:
         "counts": {"base": total, "trainable": result.trainable, "saved": result.saved},
         "data": {"sha256": data.hashes, "train_rows": len(data.train), "eval_rows": len(data.evaluation or ())},
         "adapters": list(data.names),
-        "versions": versions,
-        "machine": {"device": str(getattr(model, "device", "")), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "machine": machine(model.device),
         "folder": str(result.folder),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -68,13 +68,19 @@ class Opened:
     last_alone: bool = False
 
 
-def check_settings(run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+def check_settings(
+    run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, *, here: bool = True
+) -> None:
     """Refuse what the settings and the base's config alone can tell: no row and no weight is read.
+
+    Args:
+        here: whether the run will be on this machine, which must then have its device and what its precision needs.
 
     Raises:
         ConfigError, SiteError: as `open_model` later.
     """
-    base.check(run.precision, run.device)
+    if here:
+        base.check(run.precision, run.device)
     template = template_for(run, tokenizer, config)
     try:
         model = base.skeleton(config, 2 if template.mode == "classification" else None)
