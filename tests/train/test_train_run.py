@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import shutil
@@ -28,6 +29,7 @@ from graft.train import run as running
 from graft.train import state
 from graft.train.config import Run, load_run
 from graft.train.run import Result, data_report, train
+from graft.train.setup import read_data, schedule_of
 
 Settings = Callable[..., Run]
 
@@ -409,3 +411,23 @@ def test_result_is_frozen_and_plain_yaml(settings: Settings) -> None:
     assert again["train"]["lr"] == 0.01
     with pytest.raises(ValueError, match="frozen"):
         run.seed = 3  # type: ignore[misc]
+
+
+def test_one_gpu_of_several(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer counts the GPUs when it sets its device up; here two, whatever this machine has."""
+    setup = functools.cached_property(lambda arguments: setattr(arguments, "_n_gpu", 2) or torch.device("cpu"))
+    setup.__set_name__(transformers.TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(transformers.TrainingArguments, "_setup_devices", setup)
+    run = settings()
+    schedule = schedule_of(run, read_data(run, base.load_tokenizer(run.base), base.load_config(run.base)))
+    assert running._arguments(run, tmp_path, schedule, torch.device("cpu"), evaluates=False).n_gpu == 1
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda", "cuda:0"])
+def test_the_first_gpu_is_taken(device: str | None) -> None:
+    running._check_gpu(device)
+
+
+def test_another_gpu_than_the_first_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^device: cuda:1: .*CUDA_VISIBLE_DEVICES=1 before"):
+        running._check_gpu("cuda:1")

@@ -121,6 +121,7 @@ def _train(
     tokenizer = base.load_tokenizer(run.base)
     check_settings(run, tokenizer, config)
     autocast = _autocast(run)
+    _check_gpu(run.device)
     data = read_data(run, tokenizer, config) if opened is None else opened.data
     resumed = begun(folder, data)
     if not resumed:
@@ -181,10 +182,23 @@ def _autocast(run: Run) -> torch.dtype | None:
     return torch.bfloat16 if run.train.compute == "bf16" else None
 
 
+def _check_gpu(device: str | None) -> None:
+    """Refuse a GPU that is not the first: Trainer would move the model there.
+
+    Raises:
+        ConfigError: what to write instead.
+    """
+    if device is not None and (number := torch.device(device).index):
+        raise ConfigError(
+            f"device: {device}: Trainer takes the first GPU that it sees; say cuda, and CUDA_VISIBLE_DEVICES={number} "
+            "before the command"
+        )
+
+
 def _arguments(run: Run, folder: Path, schedule: Schedule, device: torch.device, evaluates: bool) -> TrainingArguments:
     settings = run.train
     eval_every = settings.eval_every or schedule.steps_per_epoch
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=schedule.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -209,6 +223,8 @@ def _arguments(run: Run, folder: Path, schedule: Schedule, device: torch.device,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer copies the model to each GPU, away from its routes
+    return arguments
 
 
 def _trainer(
