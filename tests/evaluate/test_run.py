@@ -205,7 +205,7 @@ def test_labels_of_rows_longer_than_the_context(
     slots = Template.from_dict({**given, "templates": ["{slots:2} {text}. This is"]})
     adapted(model, soft=graft.PromptTuning(length=2))
     assert examine(model, tokenizer, rows, slots, [None], ["accuracy"], truncate=True).answers["base"]
-    with pytest.raises(DataError, match="row 2: .* lose pseudo-tokens"):
+    with pytest.raises(DataError, match=r"row 2: .* lose pseudo-tokens"):
         examine(model, tokenizer, rows, slots, ["soft"], ["accuracy"], truncate=True)
 
 
