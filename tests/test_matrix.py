@@ -9,14 +9,19 @@ import shutil
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from rich.console import Console
 from scipy import stats
 
+from graft import base
+from graft.adapt import attach
 from graft.base import load_base, load_tokenizer
 from graft.compare import matrix
 from graft.compare.cells import near_chance, summary, t_and_p
@@ -24,11 +29,14 @@ from graft.compare.matrix import load_matrix, make_matrix, run_matrix
 from graft.compare.matrix_page import matrix_html, write_page
 from graft.data.rows import load_rows
 from graft.data.template import Template
-from graft.errors import ConfigError, DataError
-from graft.evaluate.icl import few_shot, one_pattern
+from graft.errors import ConfigError, DataError, TrainingError
+from graft.evaluate.icl import few_shot, label_scores, one_pattern
 from graft.evaluate.run import examine
 from graft.evaluate.shots import draw
 from graft.files import load
+from graft.train.config import Run, load_run
+from graft.train.run import train
+from graft.train.setup import Opened
 from tiny import tiny
 
 IDS = {"vocab_size": 4096, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -161,6 +169,129 @@ def test_fine_tuning_learns_with_the_pattern(folder: Path, settings: Build, tmp_
     rows, template = load_rows(str(folder / "near.jsonl")), one_pattern(Template.from_dict(TEMPLATE), 1)
     told = examine(model, load_tokenizer("embedded"), rows, template, ["lora"], ["accuracy"])
     assert told.scores["lora"]["accuracy"] == 1.0
+
+
+def test_one_after_another_gives_what_each_gives_alone(
+    folder: Path, settings: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, on one base that is loaded once, also behind a training that failed; alone is a plain training and a
+    fresh base."""
+    seen: list[torch.Tensor] = []
+    loaded: list[Any] = []
+
+    def scores(*given: Any) -> Any:
+        found = label_scores(*given)
+        seen.append(found.log_NC)
+        return found
+
+    def loads(*given: Any, **more: Any) -> Any:
+        loaded.append(load_base(*given, **more))
+        return loaded[-1]
+
+    monkeypatch.setattr(matrix, "label_scores", scores)
+    for module in (matrix, base):
+        monkeypatch.setattr(module, "load_base", loads)
+    few, lora = {"epochs": 2, "batch_size": 4, "lr": 0.01}, {"method": "lora", "dropout": 0.3}
+    methods = {"full": {"method": "full", "train": few}, "lora": {"method": lora, "train": few}}
+    methods["again"] = methods["full"]
+    failing = {"method": "full", "train": few | {"lr": 1e30}}
+    tests = {"near": {"source": str(folder / "near.jsonl")}}
+    made = settings(
+        methods={"failing": failing, **methods},
+        tests=tests,
+        patterns=[0],
+        seeds=1,
+        keep_adapters=True,
+        calibrated=False,
+    )
+    assert [each["approach"] for each in run_matrix(made, tmp_path, SILENT)["failed"]] == ["failing"]
+    (used,) = loaded
+    rows, template = load_rows(tests["near"]["source"]), one_pattern(Template.from_dict(TEMPLATE), 0)
+    asked: list[Any] = [load_tokenizer("embedded"), rows, [], template]
+    fresh = load_base(str(folder / "llama"), precision="fp32")
+    assert not hasattr(used, "adapters") and torch.equal(label_scores(used, *asked).log_NC, seen[0])
+    for found, right in zip(used.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(found, right) and found.requires_grad
+    for name, there in zip(methods, seen[2:], strict=True):
+        (place,) = (tmp_path / "runs").glob(f"llama-{name}-*/adapter")
+        plain = train(load_run(place.parent / "run.yaml", [f"output={tmp_path / name}"]), console=SILENT).adapter
+        for file in place.glob("*.safetensors"):
+            assert file.read_bytes() == (plain / file.name).read_bytes()
+        model = load_base(str(folder / "llama"), precision="fp32")
+        load(model, plain, name)
+        assert torch.equal(label_scores(model, *asked, name).log_NC, there)
+
+
+def test_a_training_that_breaks_off_leaves_nothing_on_the_base(
+    settings: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def breaks(run: Run, console: Console, opened: Opened) -> None:
+        model: Any = opened.model
+        attach(model, run.method, run.name)
+        ids = torch.tensor([[5, 6, 7]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        raise TrainingError("the loss is not finite")
+
+    def scores(model: Any, *given: Any) -> Any:
+        asked.append(hasattr(model, "adapters") or any(each.grad is not None for each in model.parameters()))
+        return label_scores(model, *given)
+
+    monkeypatch.setattr(matrix, "train", breaks)
+    monkeypatch.setattr(matrix, "label_scores", scores)
+    found = run_matrix(settings(patterns=[0], calibrated=False), tmp_path, SILENT)
+    assert len(found["failed"]) == 2 and asked == [False] * 6  # the pattern alone and two seeds, two sets each
+
+
+def test_without_room_a_method_is_skipped_before_the_base_takes_its_part(
+    settings: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms: list[int] = []
+    order: list[str] = []
+
+    def loads(*given: Any, **more: Any) -> Any:
+        order.append("base")
+        return load_base(*given, **more)
+
+    def left() -> int:
+        order.append("room")
+        return rooms.pop()
+
+    monkeypatch.setattr(matrix, "load_base", loads)
+    monkeypatch.setattr("graft.planning.devices.available", left)
+    few = {"max_steps": 1}
+    methods = {name: {"method": name, "train": few} for name in ("full", "lora")}
+    rooms[:] = [2**40, 1000, 1000]  # from the end: full asks twice, for it looks for settings that would fit
+    found = run_matrix(settings(methods=methods, patterns=[0], seeds=1), tmp_path, SILENT)
+    assert [each["approach"] for each in found["failed"]] == ["full"]
+    assert found["failed"][0]["why"].startswith("train: this needs ") and "--force" not in found["failed"][0]["why"]
+    assert {cell["column"] for cell in found["cells"]} == {"lora"} and order.index("base") == order.count("room")
+
+
+def test_only_the_columns_that_are_read_are_trained_on(folder: Path, settings: Build, tmp_path: Path) -> None:
+    """JSON has no dates, and a column `adapter` would split the training."""
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    more = {"when": datetime(2020, 2, 3), "tone": "plain"}
+    table = [
+        {"sentence": row["text"], "label": row["label"], "adapter": f"of_{n % 2}"} | more for n, row in enumerate(lines)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "train.parquet")
+    methods = {"lora": {"method": "lora", "train": {"max_steps": 1}}}
+    template = {**TEMPLATE, "templates": ["A {tone} one, {{so}}: {sentence}\nMood:"]}
+    asked = {"sentence": "the fox is warm", "label": "good", "tone": "dry"}
+    (tmp_path / "near.jsonl").write_text(json.dumps(asked))
+    tests = {"near": {"source": str(tmp_path / "near.jsonl")}}
+    made = settings(train=str(tmp_path / "train.parquet"), methods=methods, template=template, tests=tests, seeds=1)
+    found = run_matrix(made, tmp_path / "out", SILENT)
+    assert not found["failed"] and {cell["column"] for cell in found["cells"]} == {"lora"}
+    (file,) = (tmp_path / "out" / "runs").glob("*.jsonl")
+    assert set(json.loads(file.read_text().splitlines()[0])) == {"text", "label", "sentence", "tone"}
+    template["templates"] = ["{when} {sentence}\nMood:"]
+    (tmp_path / "near.jsonl").write_text(json.dumps(asked | {"when": "today"}))
+    found = run_matrix(made.model_copy(update={"template": template}), tmp_path / "when", SILENT)
+    assert {each["approach"] for each in found["failed"]} == {"icl", "lora"} and len(found["accuracies"]) == 1
+    assert all("'{when}' is a datetime" in each["why"] for each in found["failed"])
 
 
 def test_the_same_call_does_nothing_again(

@@ -215,7 +215,7 @@ def test_bfloat16_shares_too(tokenizer: PreTrainedTokenizerBase, pool: list[Row]
 def test_calibration_by_hand() -> None:
     scores = LabelScores(["a", "b", "c"], torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04]]).log(), None)
     assert scores.chosen() == ["a", "a"]
-    prior = LabelScores(scores.words, scores.log_NC, torch.tensor([[0.6, 0.3, 0.1]] * 2))
+    prior = LabelScores(scores.words, scores.log_NC, torch.tensor([[0.6, 0.3, 0.1]] * 2).log())
     assert prior.chosen(calibrated=True) == ["c", "a"]  # .5/.6, .3/.3, .2/.1; .9/.6, .06/.3, .04/.1
     with pytest.raises(ConfigError, match="calibrate=True"):
         scores.chosen(calibrated=True)
@@ -230,13 +230,25 @@ def test_the_prior_is_the_mean_share_without_content(
     for text in ("N/A", "[MASK]", ""):
         logs = [by_hand(model, tokenizer, f"{written(shots)}Review: {text}\nMood:", f" {w}") for w in WORDS.values()]
         shares.append(torch.tensor(logs).exp() / sum(torch.tensor(logs).exp()))
-    assert found.prior_NC is not None
-    for prior_C in found.prior_NC:
-        torch.testing.assert_close(prior_C, sum(shares) / 3, rtol=0, atol=1e-4)
-    best = (found.log_NC.exp() / found.prior_NC).argmax(-1)
+    assert found.log_prior_NC is not None
+    for log_prior_C in found.log_prior_NC:
+        torch.testing.assert_close(log_prior_C.exp(), sum(shares) / 3, rtol=0, atol=1e-4)
+    best = (found.log_NC.exp() / found.log_prior_NC.exp()).argmax(-1)
     assert found.chosen(calibrated=True) == [found.words[int(each)] for each in best]
     asked_for = few_shot(model, tokenizer, asked, pool, MOODS, shots=3, seed=2, pattern=0, calibrate=True)
     assert asked_for.answers["base"] == found.chosen(calibrated=True)
+
+
+def test_a_word_that_is_never_said_does_not_win(
+    tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its share without content is e to -150, which is no number of 32 bits; by hand in logs it is."""
+    right = {"fine": [-1.0, -1.0, *[-2.0] * 3], "really awful": [-160.0, -130.0, *[-152.0] * 3]}
+    monkeypatch.setattr(icl, "log_likelihoods", lambda *_, **__: [*right["fine"], *right["really awful"]])
+    two = one_pattern(changed(verbalizer={"good": "fine", "bad": "really awful"}), 0)
+    found = label_scores(speaking("llama"), tokenizer, asked[:2], [], two, calibrate=True)
+    assert found.chosen() == ["fine", "fine"]
+    assert found.chosen(calibrated=True) == ["fine", "really awful"]  # -160 + 150 < -1 + 0 < -130 + 150
 
 
 def test_each_pattern_has_its_own_prior(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:
@@ -254,9 +266,9 @@ def test_each_pattern_has_its_own_prior(tokenizer: PreTrainedTokenizerBase, pool
             logs = [by_hand(model, tokenizer, front + prompt.format(text), f" {w}") for w in WORDS.values()]
             shares.append(torch.tensor(logs).softmax(-1))
         priors.append((sum(shares) / 3).log())
-    found = label_scores(model, tokenizer, asked, shots, mixed, calibrate=True).prior_NC
+    found = label_scores(model, tokenizer, asked, shots, mixed, calibrate=True).log_prior_NC
     assert found is not None and float((priors[0] - priors[1]).abs().max()) > 0.1
-    torch.testing.assert_close(found.log(), torch.stack([priors[n] for n in used]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, torch.stack([priors[n] for n in used]), rtol=0, atol=1e-3)
 
 
 def test_labels_that_nothing_predicts_take_the_plain_way(tokenizer: PreTrainedTokenizerBase, asked: list[Row]) -> None:
@@ -298,6 +310,21 @@ def test_words_are_those_of_the_pool_too(tokenizer: PreTrainedTokenizerBase, poo
     named = with_words(plain, pool).task
     assert named is not None and dict(named.verbalizer) == {"bad": "bad", "good": "good", "none": "none"}
     assert set(own.answers["base"]) <= {"good", "bad"} and with_words(MOODS, pool) is MOODS
+
+
+def test_pool_and_rows_may_name_labels_in_two_ways(
+    tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]
+) -> None:
+    """As the built-in tasks do: numbers on one side, words on the other, and one word for both."""
+    numbers = {str(number): word for number, word in enumerate(WORDS.values())}
+    both, number_of = changed(verbalizer={**numbers, **WORDS}), {label: n for n, label in enumerate(WORDS)}
+    numbered = [dataclasses.replace(row, label=number_of[str(row.label)]) for row in asked]
+    model, given = speaking("llama"), {"shots": 3, "pattern": 0}
+    one = few_shot(model, tokenizer, asked, pool, MOODS, **given)  # type: ignore[arg-type]
+    other = few_shot(model, tokenizer, numbered, pool, both, **given)  # type: ignore[arg-type]
+    assert other.answers == one.answers and other.scores == one.scores
+    with pytest.raises(ConfigError, match="labels 'good' and '0' have the same word"):
+        few_shot(model, tokenizer, [*asked, *numbered], pool, both, **given)  # type: ignore[arg-type]
 
 
 def test_entries_side_by_side(tokenizer: PreTrainedTokenizerBase, pool: list[Row], asked: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 import transformers
 from speaking import adapted, rows_of, speaking
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 import graft
 from graft.data.rows import Row
 from graft.data.template import Template
 from graft.errors import ConfigError, DataError
+from graft.evaluate import score
 from graft.evaluate.opening import open_base
 from graft.evaluate.run import evaluate, examine
 
@@ -162,6 +165,48 @@ def test_rows_longer_than_the_context(tokenizer: PreTrainedTokenizerBase, tmp_pa
         evaluate(model, tokenizer, rows, PLAIN, metrics=["loss"])
     found = examine(model, tokenizer, rows, PLAIN, metrics=["loss"], truncate=True)
     assert math.isfinite(found.scores["base"]["loss"])
+
+
+@pytest.mark.parametrize(("train_on", "begin"), [("completion", False), ("completion", True), ("all", False)])
+def test_labels_of_rows_longer_than_the_context(
+    train_on: str, begin: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt loses its beginning and keeps its begin token; the word stays whole, whichever is asked."""
+    front = [tokenizer.bos_token_id] if begin else []
+    if begin:
+        tokenizer = copy.deepcopy(tokenizer)
+        special: Any = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(f"{tokenizer.bos_token} $A", special_tokens=special)
+    model = speaking("gpt2", n_positions=24)
+    words = {"positive": "good", "negative": "really quite awful"}
+    given = {"kind": "plain", "templates": ["{text}. This is"], "verbalizer": words, "train_on": train_on}
+    template = Template.from_dict(given)
+    texts = ["a cat", "red house sat " * 9, "bird and dog " * 9, "the end " * 9]
+    rows = rows_of(tmp_path, [{"text": text, "label": "positive"} for text in texts])
+    ids = {w: tokenizer(f" {w}", add_special_tokens=False).input_ids for w in words.values()}
+    most = 24 - max(len(each) + 1 for each in ids.values())  # the end token
+    right = []
+    for row in rows:
+        prompt = tokenizer(f"{row.text}. This is").input_ids
+        assert (len(prompt) > most) == (row.index > 1) and prompt[: len(front)] == front
+        kept = prompt if len(prompt) <= most else [*front, *prompt[len(front) - most :]]
+        for word in words.values():
+            answer = [*ids[word], tokenizer.eos_token_id]
+            with torch.no_grad():
+                logs_TV = model(torch.tensor([[*kept, *answer]])).logits[0].log_softmax(-1)
+            right.append(-sum(float(logs_TV[len(kept) - 1 + n, token]) for n, token in enumerate(answer)))
+    scored: list[list[score.Loss]] = []
+    losses = score.losses
+    monkeypatch.setattr(score, "losses", lambda *given, **more: scored.extend(f := losses(*given, **more)) or f)
+    found = examine(model, tokenizer, rows, template, metrics=["accuracy"], truncate=True)
+    assert [loss.total for pair in zip(*scored, strict=True) for loss in pair] == pytest.approx(right, abs=1e-3)
+    best = [min(words.values(), key=dict(zip(words.values(), right[n : n + 2], strict=True)).get) for n in (0, 2, 4, 6)]  # type: ignore[arg-type]
+    assert found.answers["base"] == best
+    slots = Template.from_dict({**given, "templates": ["{slots:2} {text}. This is"]})
+    adapted(model, soft=graft.PromptTuning(length=2))
+    assert examine(model, tokenizer, rows, slots, [None], ["accuracy"], truncate=True).answers["base"]
+    with pytest.raises(DataError, match=r"row 2: .* lose pseudo-tokens"):
+        examine(model, tokenizer, rows, slots, ["soft"], ["accuracy"], truncate=True)
 
 
 def test_progress_counts_every_row_of_every_entry(tokenizer: PreTrainedTokenizerBase, prompts: list[Row]) -> None:

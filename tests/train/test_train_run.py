@@ -429,5 +429,5 @@ def test_the_first_gpu_is_taken(device: str | None) -> None:
 
 
 def test_another_gpu_than_the_first_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^device: cuda:1: .*CUDA_VISIBLE_DEVICES=1 before"):
+    with pytest.raises(ConfigError, match=r"^device: cuda:1: .*CUDA_VISIBLE_DEVICES=1 before"):
         running._check_gpu("cuda:1")

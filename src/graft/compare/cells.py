@@ -64,6 +64,20 @@ def near_chance(interval: dict[str, Any], rarest: float, commonest: float) -> bo
     return bool(interval["low"] <= commonest and interval["high"] >= rarest)
 
 
+def told(unit: dict[str, Any]) -> str:
+    """Which result it is."""
+    return f"{unit['base']}, {unit['approach']}, pattern {unit['pattern']}, seed {unit['seed']}"
+
+
+def line(result: dict[str, Any]) -> str:
+    """A result on one line."""
+    parts = [
+        f"{label} {', '.join(f'{name} {value:.3f}' for name, value in each.items())}"
+        for label, each in result["accuracy"].items()
+    ]
+    return f"{told(result)}: {'; '.join(parts)} ({result['seconds']:.1f} s)"
+
+
 def _mean(values: Sequence[float], rows: int) -> dict[str, float]:
     """The mean over the seeds and its 95 % interval (Student's t); of one value the interval over rows (Wilson)."""
     from scipy import stats

@@ -12,9 +12,11 @@ chosen by a test set, the last one counts; and calibrated scores stand beside pl
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
+import string
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,20 +28,23 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from graft.adapt import detach
-from graft.base import device_kind, identity, load_base, load_tokenizer
-from graft.compare.cells import summary
+from graft.base import device_kind, identity, load_base, load_config, load_tokenizer
+from graft.compare.cells import line, summary, told
 from graft.compare.matrix_page import write_page
 from graft.data.rows import Row, load_rows
 from graft.data.template import Template
 from graft.disk import write_text
 from graft.errors import ConfigError, DataError, GraftError
+from graft.evaluate.batches import bank_or_none
 from graft.evaluate.icl import label_scores, one_pattern, with_words
 from graft.evaluate.metrics import accuracy
 from graft.evaluate.shots import draw, fitting, with_shots
 from graft.files import load
+from graft.planning.gate import check_room
 from graft.settings import Settings, read_yaml, validated
-from graft.train.config import MethodField, TrainSettings, make_run
+from graft.train.config import MethodField, Run, TrainSettings, make_run
 from graft.train.run import Interrupted, train
+from graft.train.setup import Opened, read_data
 
 ICL, CALIBRATED, ZERO = "icl", "icl_calibrated", "zero_shot"
 """What the approaches without training are called; a method has the name that its settings give it."""
@@ -164,31 +169,35 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
     first: GraftError | None = None
     for base in settings.bases:
         tokenizer = load_tokenizer(base)
-        model: Any = None
+        model, unfit = None, dict[str, ConfigError]()
         for pattern, seed, approach in _units(settings, sets):
             file = folder / "results" / f"{_file_name(settings, sets, base, approach, pattern, seed)}.json"
             if file.is_file():
                 results.append(json.loads(file.read_text(encoding="utf-8")))
                 continue
+            gc.collect()  # a trainer is a ring: it holds its base and the optimizer's state until it is found
             if model is None:
+                unfit = _unfit(settings, sets, base, tokenizer, folder / "runs")
                 model = load_base(base, precision=settings.precision, device=settings.device)
             started = time.perf_counter()
             unit = {"base": _name(base), "approach": approach, "pattern": pattern, "seed": seed}
             try:
+                if approach in unfit:
+                    raise unfit[approach]
                 found = _measure(settings, sets, base, model, tokenizer, unit, folder / "runs" / file.stem)
             except Interrupted:
                 raise
             except GraftError as error:
-                first = first or error
+                first = first or type(error)(str(error))  # its traceback would hold the trainer
                 failed.append({**unit, "why": str(error)})
-                console.print(f"{_told(unit)}: skipped, {error}", highlight=False, soft_wrap=True)
+                console.print(f"{told(unit)}: skipped, {error}", highlight=False, soft_wrap=True)
                 continue
             found["seconds"] = round(time.perf_counter() - started, 2)
             write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
             if not settings.keep_adapters:
                 shutil.rmtree(folder / "runs" / file.stem, ignore_errors=True)
             results.append(found)
-            console.print(_line(found), highlight=False, soft_wrap=True)
+            console.print(line(found), highlight=False, soft_wrap=True)
     if first is not None and not results:
         raise first
     found = summary(settings.model_dump(mode="json"), _facts(settings, sets), results, failed)
@@ -228,7 +237,7 @@ def _measure(
         more: dict[str, Any] = {"balanced": settings.balanced}
         shown = fitting(model, tokenizer, asked, sets.pool, template, settings.shots, unit["seed"], **more)
     elif approach != ZERO:
-        _train(settings, base, template, drawn, unit, place)
+        _train(_run(settings, base, template, drawn, unit, place), model, tokenizer)
         load(model, place / "adapter", TUNED)
         entry = TUNED
     calibrate = settings.calibrated and approach == ICL
@@ -247,24 +256,51 @@ def _measure(
     return found
 
 
-def _train(
+def _run(
     settings: MatrixSettings, base: str, template: Template, drawn: Sequence[Row], unit: dict[str, Any], place: Path
-) -> None:
-    """Train on the drawn rows alone; a training that was stopped goes on."""
+) -> Run:
+    """The training on the drawn rows alone; of them the file has what the pattern reads and nothing else."""
     rows = place.with_name(f"{place.name}.jsonl")
     names = ("text", "label") if drawn[0].pair is None else ("premise", "hypothesis", "label")
+    assert template.task is not None
+    for row in drawn:
+        template.task.prompt(row)  # it refuses what is no text or number, such as a date
+    read = [name for _, name, _, _ in string.Formatter().parse(template.task.templates[0]) if name]
+    kept = [{name: row.fields[name] for name in (*names, *read) if name in row.fields} for row in drawn]
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(rows, "".join(json.dumps(dict(row.fields), ensure_ascii=False) + "\n" for row in drawn))
+    write_text(rows, "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in kept))
     arm = settings.methods[unit["approach"]]
-    run: dict[str, Any] = {
-        "base": base,
-        "precision": settings.precision,
-        "device": settings.device,
-        "output": str(place),
-    }
-    run |= {"method": arm.method.to_dict(), "train": arm.train.model_dump(), "seed": unit["seed"]}
+    run: dict[str, Any] = {"base": base, "precision": settings.precision, "device": settings.device}
+    run |= {"method": arm.method.to_dict(), "train": arm.train.model_dump(), "seed": unit["seed"], "output": str(place)}
     run["data"] = {"train": str(rows), "columns": {name: name for name in names}, "template": template.to_dict()}
-    train(make_run(run), console=Console(quiet=True))
+    return make_run(run)
+
+
+def _train(run: Run, model: Any, tokenizer: Any) -> None:
+    """Train on the loaded base, which is as before afterwards; a training that was stopped goes on."""
+    try:
+        train(run, console=Console(quiet=True), opened=Opened(read_data(run, tokenizer, model.config), model))
+    finally:
+        if bank_or_none(model) is not None:  # a finished training attaches nothing
+            detach(model)
+        model.zero_grad()  # of a full fine-tuning that failed
+
+
+def _unfit(settings: MatrixSettings, sets: _Sets, base: str, tokenizer: Any, folder: Path) -> dict[str, ConfigError]:
+    """By method why its training does not fit; asked before the base takes its part of the memory."""
+    config, template = load_config(base), one_pattern(sets.template, sets.patterns[0]).fit(sets.pool, tokenizer)
+    drawn, found = draw(sets.pool, settings.shots, 0, balanced=settings.balanced), dict[str, ConfigError]()
+    for approach in settings.methods:
+        try:
+            run = _run(settings, base, template, drawn, {"approach": approach, "seed": 0}, folder / "asked")
+            data = read_data(run, tokenizer, config)
+            check_room(run, config, tokenizer, data, force=False, console=Console(quiet=True))
+        except ConfigError as error:
+            found[approach] = ConfigError(str(error).removesuffix("; or --force tries it all the same"))
+        except DataError:  # of these rows; each training says it of its own
+            continue
+    (folder / "asked.jsonl").unlink(missing_ok=True)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rows and names
@@ -357,15 +393,3 @@ def _facts(settings: MatrixSettings, sets: _Sets) -> dict[str, Any]:
 
 def _name(base: str) -> str:
     return Path(base).name
-
-
-def _told(unit: dict[str, Any]) -> str:
-    return f"{unit['base']}, {unit['approach']}, pattern {unit['pattern']}, seed {unit['seed']}"
-
-
-def _line(found: dict[str, Any]) -> str:
-    parts = [
-        f"{label} {', '.join(f'{name} {value:.3f}' for name, value in each.items())}"
-        for label, each in found["accuracy"].items()
-    ]
-    return f"{_told(found)}: {'; '.join(parts)} ({found['seconds']:.1f} s)"

@@ -12,6 +12,7 @@ Shapes: N rows, C label words.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,16 +53,17 @@ class LabelScores:
     words: list[str]
     log_NC: Tensor
     """Log-probabilities of the words, in nats."""
-    prior_NC: Tensor | None
-    """The words' shares behind questions without content of each row's pattern; None if they were not asked."""
+    log_prior_NC: Tensor | None
+    """The logs of the words' shares behind questions without content of each row's pattern; None: they were not asked.
+    In logs, for a share may be less than the least number of 32 bits."""
 
     def chosen(self, calibrated: bool = False) -> list[str]:
         """The word of each row."""
         scores_NC = self.log_NC
         if calibrated:
-            if self.prior_NC is None:
+            if self.log_prior_NC is None:
                 raise ConfigError("calibrated: the content-free questions were not asked; say calibrate=True")
-            scores_NC = scores_NC - self.prior_NC.log()
+            scores_NC = scores_NC - self.log_prior_NC
         return [self.words[int(best)] for best in scores_NC.argmax(-1)]
 
 
@@ -164,11 +166,11 @@ def label_scores(
         model, tokenizer, flat, entry, mode=made.mode, batch_size=batch_size, shared=shared, progress=progress
     )
     log_NC = torch.tensor(found).view(len(words), len(asked)).T
-    prior_NC = None
+    log_prior_NC = None
     if calibrate:
-        shares = log_NC[len(rows) :].softmax(-1).unflatten(0, (len(first), len(CONTENT_FREE)))
-        prior_NC = shares.mean(1)[place]
-    return LabelScores(words, log_NC[: len(rows)], prior_NC)
+        log_shares = log_NC[len(rows) :].log_softmax(-1).unflatten(0, (len(first), len(CONTENT_FREE)))
+        log_prior_NC = (log_shares.logsumexp(1) - math.log(len(CONTENT_FREE)))[place]
+    return LabelScores(words, log_NC[: len(rows)], log_prior_NC)
 
 
 def one_pattern(template: Template, pattern: int | None) -> Template:
@@ -221,16 +223,17 @@ def _words(template: Template, rows: Sequence[Row], shots: Sequence[Row]) -> lis
     """Every word that a label can have.
 
     Raises:
-        DataError: a label without a word. ConfigError: two labels of these rows have one word.
+        DataError: a label without a word. ConfigError: two labels of the rows, or of the shots, have one word.
     """
-    label_of: dict[str, str] = {}
-    for row in (*rows, *shots):
-        word, label = template.answer(row), str(row.label)
-        if label_of.setdefault(word, label) != label:
-            raise ConfigError(
-                f"template verbalizer: labels {label_of[word]!r} and {label!r} have the same word {word!r}; "
-                "likelihood cannot tell them apart, so give each its own"
-            )
+    for each in (rows, shots):  # which may name the same label in two ways, by number and by word
+        label_of: dict[str, str] = {}
+        for row in each:
+            word, label = template.answer(row), str(row.label)
+            if label_of.setdefault(word, label) != label:
+                raise ConfigError(
+                    f"template verbalizer: labels {label_of[word]!r} and {label!r} have the same word {word!r}; "
+                    "likelihood cannot tell them apart, so give each its own"
+                )
     words = list(words_of(template, [*rows, *shots]))
     if len(words) < 2:
         raise ConfigError(f"template verbalizer: {len(words)} word, so there is nothing to choose; give two or more")

@@ -129,7 +129,8 @@ def examine(
     truncate: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """`evaluate`, with the answers; `truncate` cuts rows that are longer than the context where losses are measured."""
+    """`evaluate`, with the answers; `truncate` cuts rows that are longer than the context: their end where losses are
+    measured, their prompts where labels are chosen by words (see `score.choose_words`)."""
     labels = labels_of(entries)
     templates = [each.fit(rows, tokenizer) for each in templates_of(template, len(labels))]
     chosen = default_metrics(rows, templates[0]) if metrics is None else measures.known_metrics(metrics)

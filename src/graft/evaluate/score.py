@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.adapt import prepare
 from graft.data.collate import check_ends, pad, truncate
-from graft.data.encode import Example, without_slots
+from graft.data.encode import Example, begin_ids, without_slots
 from graft.data.rows import Row, label_names
 from graft.data.template import Template
+from graft.errors import DataError
 from graft.evaluate.batches import (
     Progress,
     bank_or_none,
@@ -110,19 +111,33 @@ def choose_words(
     cut: bool = False,
     progress: Progress | None = None,
 ) -> list[list[str]]:
-    """For each entry and row the word of the label that is likeliest as the whole answer, its end token included."""
+    """For each entry and row the word of the label that is likeliest as the whole answer, its end token included.
+
+    Args:
+        cut: where the context has no room for a prompt and the longest word, a decoder's prompt loses its beginning
+            (but for the begin token), the same for all words, and an encoder-decoder's its end; else it is an error.
+
+    Raises:
+        DataError: a row longer than the context, or pseudo-tokens where its prompt would be cut.
+    """
+    templates = [dataclasses.replace(template, train_on="completion") for template in templates]
+    mode = templates[0].mode
     chosen: list[list[str]] = [[""] * len(rows) for _ in entries]
     choices = {i: words_of(template, rows) for i, template in enumerate(templates)}
     most = max(len(words) for words in choices.values())
     best = [[float("inf")] * len(rows) for _ in entries]
-    for k in range(most):
-        # An entry with fewer words scores its last one again, which changes nothing.
-        word_of = [list(choices[i].items())[min(k, len(choices[i]) - 1)] for i in range(len(entries))]
+    # An entry with fewer words scores its last one again, which changes nothing.
+    words = [[list(each.items())[min(k, len(each) - 1)] for each in choices.values()] for k in range(most)]
+    limit = context_of(model, tokenizer) if cut and mode == "causal" else None
+    if limit is not None:
+        first = [_examples_of(rows[:1], templates, [label for _, label in word_of], tokenizer)[0] for word_of in words]
+        limit = max(1, limit - max(len(example) - _start(example) for each in first for example in each))
+    settings: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "cut": cut and mode != "causal"}
+    for word_of in words:
         examples = _examples_of(rows, templates, [label for _, label in word_of], tokenizer)
-        mode = templates[0].mode
-        scored = losses(
-            model, tokenizer, examples, entries, mode=mode, batch_size=batch_size, cut=cut, progress=progress
-        )
+        if limit is not None:
+            examples = [_shortened(row, entries, limit, begin_ids(tokenizer)) for row in examples]
+        scored = losses(model, tokenizer, examples, entries, progress=progress, **settings)
         for i, per_row in enumerate(scored):
             for number, loss in enumerate(per_row):
                 if loss.total < best[i][number]:
@@ -160,6 +175,25 @@ def _examples_of(
         for template, label in zip(templates, labels, strict=True)
     ]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _start(example: Example) -> int:
+    """Where a decoder's answer begins."""
+    return next(place for place, label in enumerate(example.labels) if label != IGNORED)
+
+
+def _shortened(row: Sequence[Example], entries: Sequence[Any], most: int, begin: list[int]) -> list[Example]:
+    """A row's examples, as their entries read them, with at most so many tokens before the answer: the last ones."""
+    found = []
+    for example in map(_read_by, row, entries):
+        ids, labels = example.input_ids, example.labels
+        first = len(begin) if ids[: len(begin)] == begin else 0
+        gone = slice(first, first + max(0, _start(example) - most))
+        if SLOT in ids[gone]:
+            raise DataError(f"{example.row.where}: cut to the context it would lose pseudo-tokens; shorten the row")
+        ids, labels = [*ids[: gone.start], *ids[gone.stop :]], [*labels[: gone.start], *labels[gone.stop :]]
+        found.append(dataclasses.replace(example, input_ids=ids, labels=labels))
+    return found
 
 
 def _forward(
