@@ -299,7 +299,7 @@ def test_a_worker_imports_nothing_of_the_folder_it_starts_in(tmp_path: Path, mon
     (tmp_path / "row.json").write_text('{"kind": "final", "status": "ok", "why": null}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(SOURCE))
-    local = Local(1)
+    local = Local(1, None)
     local.start({"folder": str(tmp_path)})
     _, row = local.next()
     local.close()

@@ -21,7 +21,7 @@ from graft.data.template import Template
 from graft.errors import ConfigError, DataError
 from graft.evaluate import score
 from graft.evaluate.opening import open_base
-from graft.evaluate.run import evaluate, examine
+from graft.evaluate.run import default_metrics, evaluate, examine
 
 PLAIN = Template(kind="plain")
 
@@ -156,6 +156,10 @@ def test_refusals_before_anything_runs(
         evaluate(model, tokenizer, prompts, Template(kind="plain", mode="seq2seq"))
     with pytest.raises(DataError, match="plain text has no prompt"):
         evaluate(model, tokenizer, rows_of(tmp_path, [{"text": "a"}]), PLAIN, metrics=["bleu"])
+    cyrillic = rows_of(tmp_path, [{"prompt": "a cat", "completion": "кот"}])
+    assert default_metrics(cyrillic, PLAIN) == ["loss", "perplexity", "exact_match", "bleu"]
+    with pytest.raises(DataError, match=r"rouge_l: .*use bleu"):
+        evaluate(model, tokenizer, cyrillic, PLAIN, metrics=["rouge_l"])
 
 
 def test_rows_longer_than_the_context(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def checked(settings: Compare) -> tuple[Run, Data, list[Row]]:
     metrics = metrics_of(settings, rows, data.template)
     needs = {measures.NEEDS[name] for name in metrics}
     check_rows(rows, data.template.mode, needs)
-    if "rouge_l" in metrics:
-        _check_rouge(rows, data.template)
+    if "text" in needs:
+        measures.check_references(metrics, [data.template.references(row) for row in rows])
     _check_test(run, data, rows, base.context_length(config, tokenizer), writes="text" in needs)
     return run, data, rows
 
@@ -65,11 +65,6 @@ def metrics_of(settings: Compare, rows: Sequence[Row], template: Template) -> tu
     if settings.metrics is not None:
         return tuple(measures.known_metrics(settings.metrics))
     fit = default_metrics(rows, template)
-    if "rouge_l" in fit:
-        try:
-            _check_rouge(rows, template)
-        except DataError:  # nobody asked for it
-            fit.remove("rouge_l")
     first = next(name for name in QUALITY if name in fit)
     return (first, *(name for name in fit if name != first))
 
@@ -108,16 +103,6 @@ def fits(
         except GraftError as error:
             unfit[entry.label] = str(error).removesuffix("; or --force tries it all the same")
     return steps, unfit
-
-
-def _check_rouge(rows: Sequence[Row], template: Template) -> None:
-    """Ask ROUGE-L itself whether it reads any letter of the answers, before a model has written some.
-
-    Raises:
-        DataError: it reads none.
-    """
-    letters = {letter for row in rows for right in template.references(row) for letter in right}
-    measures.rouge_l([""], [["".join(letters)]])
 
 
 def _check_test(run: Run, data: Data, rows: Sequence[Row], context: int | None, writes: bool) -> None:

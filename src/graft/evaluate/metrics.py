@@ -59,6 +59,23 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return float(BLEU(force=True).corpus_score(list(texts), streams).score)
 
 
+def check_references(names: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Refuse metrics that read nothing of the references, before a model has answered.
+
+    Raises:
+        DataError: ROUGE-L, and references without Latin letters or digits, of which rouge-score sees nothing.
+    """
+    if "rouge_l" in names and not latin(references):
+        raise DataError(
+            "rouge_l: rouge-score reads only Latin letters and digits and the references have none; use bleu"
+        )
+
+
+def latin(references: Sequence[Sequence[str]]) -> bool:
+    """Whether any reference has a Latin letter or a digit."""
+    return any(char.isascii() and char.isalnum() for rights in references for right in rights for char in right)
+
+
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean ROUGE-L F1 against each row's best reference (rouge-score, stemmed).
 
@@ -67,10 +84,7 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    if not any(char.isascii() and char.isalnum() for rights in references for right in rights for char in right):
-        raise DataError(
-            "rouge_l: rouge-score reads only Latin letters and digits and the references have none; use bleu"
-        )
+    check_references(["rouge_l"], references)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = [
         scorer.score_multi(list(rights), text)["rougeL"].fmeasure

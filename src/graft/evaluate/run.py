@@ -73,9 +73,10 @@ def default_metrics(rows: Sequence[Row], template: Template) -> list[str]:
         return ["loss", "accuracy", "macro_f1"]
     if rows[0].form == "label":
         return ["accuracy", "macro_f1"]
-    return (
-        ["loss", "perplexity"] if rows[0].form == "text" else ["loss", "perplexity", "exact_match", "bleu", "rouge_l"]
-    )
+    if rows[0].form == "text":
+        return ["loss", "perplexity"]
+    rouge = ["rouge_l"] if measures.latin([template.references(row) for row in rows]) else []
+    return ["loss", "perplexity", "exact_match", "bleu", *rouge]
 
 
 def evaluate(
@@ -136,6 +137,8 @@ def examine(
     chosen = default_metrics(rows, templates[0]) if metrics is None else measures.known_metrics(metrics)
     needs = {measures.NEEDS[name] for name in chosen}
     _check(model, rows, templates, needs)
+    if "text" in needs:
+        measures.check_references(chosen, [template.references(row) for template in templates for row in rows])
     if templates[0].mode == "classification":
         return _classify(model, tokenizer, rows, templates, entries, chosen, batch_size, truncate, progress)
     values: dict[str, Scores] = {}
