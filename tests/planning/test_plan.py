@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,10 +154,16 @@ def test_on_a_gpu_two_steps_are_taken_and_the_second_is_measured(monkeypatch: py
     assert done == ["batch", "optimizer", "reset", "batch", "optimizer"]
 
 
+@pytest.mark.parametrize("kind", ["embedded", "t5", "mt5", "bart", "gpt2", "gpt2_cls", "roberta"])
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_quantized_bases_take_what_bitsandbytes_takes(precision: str) -> None:
+def test_quantized_bases_take_what_bitsandbytes_takes(precision: str, kind: str, tmp_path: Path) -> None:
+    """T5 keeps `wo`, classifiers keep all of their heads, and GPT-2's Conv1D becomes a linear."""
     pytest.importorskip("bitsandbytes")
-    real = base.load_base("embedded", precision=precision)
+    path, labels = kind, 3 if kind in ("gpt2_cls", "roberta") else None
+    if kind != "embedded":
+        path = str(tmp_path)
+        tiny(kind).save_pretrained(path)
+    real = base.load_base(path, precision=precision, num_labels=labels)
     tensors = [*real.parameters()]
     for module in real.modules():
         weight = getattr(module, "weight", None)
@@ -164,11 +171,17 @@ def test_quantized_bases_take_what_bitsandbytes_takes(precision: str) -> None:
         if state is not None:
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
         tensors += [each for each in (getattr(weight, name, None) for name in ("CB", "SCB")) if each is not None]
-    run = made_up(precision=precision)
-    given = model.Given(config=base.load_config("embedded"), tokenizer=None, data=model.made_up(run, "causal", 4))
+    run = made_up(path, precision=precision)
+    names = ("a", "b", "c") if labels else ()
+    mode = "classification" if labels else "seq2seq" if real.config.is_encoder_decoder else "causal"
+    given = model.Given(config=base.load_config(path), tokenizer=None, data=model.made_up(run, mode, 4))
+    given = replace(given, data=replace(given.data, template=replace(given.data.template, label_names=names)))
     shape = model.shapes_of(run, given, real.dtype)
     own = bytes_of(p for name, p in shape.named_parameters() if not name.startswith("adapters."))
     assert own - model.quantized_away(shape, precision) == bytes_of(tensors)
+    kinds = {name: type(module) for name, module in real.named_modules()}
+    coded = {name for name, module in shape.named_modules() if type(module) is model.Dequantized}
+    assert coded == {name for name, each in kinds.items() if each.__name__ in ("Linear4bit", "Linear8bitLt")}
 
 
 def test_answers_hold_what_generating_holds() -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from graft import base, interface, roles
+from graft import base, interface, vocabulary
 from graft.adapt import attach
 from graft.data.collate import Collator
 from graft.data.encode import Example
@@ -21,7 +24,7 @@ from graft.data.template import Template
 from graft.errors import ConfigError
 from graft.train.config import Run
 from graft.train.setup import Data, padding_free, schedule_of
-from graft.weights import is_linear
+from graft.weights import features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,26 @@ def shapes_of(run: Run, given: Given, dtype: torch.dtype) -> Any:
     if head is not None and head.weight is embedding.weight and own_head(run.base):
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     if run.precision in QUANTIZED:
-        tops = [site.module for site in roles.task_heads(model)] + [head]
-        for module in model.modules():
-            if is_linear(module) and type(module) is nn.Linear and not any(module is top for top in tops):
-                module.__class__ = Dequantized
+        quantize(model, base._class_name(given.config, labels if mode == "classification" else None)[0])
     method = run.method if given.tokenizer is None else run.method.with_tokenizer(given.tokenizer)
     for name in given.data.names:
         attach(model, method, name, peft_compat=run.peft_compat)
     return model
+
+
+def quantize(model: Any, auto: str) -> None:
+    """Put codes in the place of the linears that bitsandbytes would: transformers' own rule, without that package.
+
+    Args:
+        auto: the class that loads it; of some the task head stays whole, as in `base.load_base`.
+    """
+    whole = list(vocabulary.TASK_HEADS) if auto.endswith(base.TRAINED) else None
+    skipped = HfQuantizer.get_modules_to_not_convert(model, whole, model._keep_in_fp32_modules)
+    for path, module in list(model.named_modules()):
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skipped):
+            weight, sizes = module.weight, features(module)
+            codes = Dequantized(*sizes, bias=module.bias is not None, device=weight.device, dtype=weight.dtype)
+            model.set_submodule(path, codes)
 
 
 def quantized_away(model: nn.Module, precision: str) -> int:
