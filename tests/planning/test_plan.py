@@ -206,7 +206,7 @@ def test_changes_that_make_it_fit_do(tmp_path: Path) -> None:
     settings = {"base": str(tmp_path), "data": {"train": "x"}, "output": "none", "precision": "fp32"}
     run = make_run({**settings, "train": {"batch_size": 4}})
     need = plan(run, length=64, device="24GB").training.total - devices.CONTEXT
-    tight = plan(run, length=64, device=f"{(need * 0.8 + devices.CONTEXT) / 0.95 / devices.GIB}GB")
+    tight = plan(run, length=64, device=f"{(need * 0.8 + devices.CONTEXT) / 0.95 / devices.USABLE / devices.GIB}GB")
     kinds = [set(change.settings) for change in tight.changes or ()]
     assert not tight.fits and {"train.batch_size", "train.accumulate"} in kinds and len(kinds) == 3
     for change in tight.changes or ():
@@ -223,10 +223,64 @@ def test_changes_that_make_it_fit_do(tmp_path: Path) -> None:
 
 def test_devices_are_known_by_name_or_size() -> None:
     assert devices.room("RTX 4090")[1] == int(24 * devices.GIB * devices.USABLE)
-    assert devices.room("24GB")[1] == 24 * devices.GIB
+    assert devices.room("24GB")[1] == devices.room("a10")[1]  # a card by another name
     with pytest.raises(ConfigError, match=r"a100-80.*such as 24GB"):
         devices.room("a100-8O")
     assert 0 < devices.available() <= torch.iinfo(torch.int64).max
+
+
+LIMITS = [
+    pytest.param({}, 100, id="no group"),
+    pytest.param({"memory.max": "60", "memory.current": "50"}, 10, id="its own root"),
+    pytest.param({"memory.max": "max", "memory.current": "50"}, 100, id="no bound"),
+    pytest.param(
+        {"memory.max": "60", "memory.current": "50", "memory.stat": "inactive_file 3\nactive_file 4\nanon 9\n"},
+        17,
+        id="caches are given back",
+    ),
+    pytest.param({"job/step/memory.max": "60", "job/step/memory.current": "50"}, 10, id="nested"),
+    pytest.param(
+        {
+            "job/memory.max": "60",
+            "job/memory.current": "55",
+            "job/step/memory.max": "90",
+            "job/step/memory.current": "20",
+        },
+        5,
+        id="an ancestor's is less",
+    ),
+    pytest.param(
+        {
+            "memory/job/step/memory.limit_in_bytes": "60",
+            "memory/job/step/memory.usage_in_bytes": "50",
+            "memory/job/step/memory.stat": "active_file 1\ntotal_active_file 3\ntotal_inactive_file 4\n",
+        },
+        17,
+        id="version 1",
+    ),
+    pytest.param(
+        {"memory/memory.limit_in_bytes": "60", "memory/memory.usage_in_bytes": "50"}, 10, id="version 1 in a container"
+    ),
+    pytest.param({"memory.max": "60", "memory.current": "70"}, 0, id="over its bound"),
+]
+
+
+@pytest.mark.parametrize(("files", "room"), LIMITS)
+def test_a_container_bounds_the_memory(
+    files: dict[str, str], room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 free bytes; the process is in the group job/step of both versions."""
+    member = tmp_path / "cgroup"
+    member.write_text("9:cpu:/\n4:memory,x:/job/step\n0::/job/step\n")
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    monkeypatch.setattr(devices, "GROUPS", tmp_path / "fs")
+    monkeypatch.setattr(devices, "MEMBER", member)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    assert devices.available() == room
+    member.unlink()
+    assert devices.available() == 100
 
 
 def test_where_bf16_is_emulated_a_base_is_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
