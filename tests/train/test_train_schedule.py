@@ -58,7 +58,6 @@ def test_where_a_step_stands() -> None:
     assert len(longest) * max(LENGTHS[i] for i in longest) == largest
 
 
-
 def test_the_heaviest_batch_of_an_encoder_decoder_has_two_sides() -> None:
     """Eight rows of 512 tokens in and 2 out beside eight of 500 in and 480 out."""
     sides = [(512, 2)] * 8 + [(500, 480)] * 8

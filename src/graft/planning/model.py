@@ -23,7 +23,8 @@ from graft.data.rows import Row
 from graft.data.template import Template
 from graft.errors import ConfigError
 from graft.train.config import Run
-from graft.train.setup import Data, padding_free, schedule_of
+from graft.train.schedule import heaviest
+from graft.train.setup import Data, padding_free, schedule_of, sides
 from graft.weights import features
 
 
@@ -136,7 +137,7 @@ class _Dequantized(torch.autograd.Function):
 
 
 def made_up(run: Run, mode: Any, length: int) -> Data:
-    """One batch of rows that are all of one length, every token with a label."""
+    """A batch of rows that are all of one length, every token with a label; one of evaluation too if the run has it."""
     ids = [1] * length
     labels = [0] if mode == "classification" else ids
     rows = [
@@ -144,15 +145,22 @@ def made_up(run: Run, mode: Any, length: int) -> Data:
         for number in range(1, run.train.batch_size + 1)
     ]
     nothing: Any = None  # made-up rows have nothing to report
-    return Data(rows, None, Template(kind="plain", mode=mode), nothing, {}, (run.name,), length)
+    evaluation = rows[:1] * (run.train.eval_batch_size or run.train.batch_size) if run.data.eval is not None else None
+    return Data(rows, evaluation, Template(kind="plain", mode=mode), nothing, {}, (run.name,), length)
 
 
-def heaviest(run: Run, data: Data, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The batch that needs most memory, as training would make it."""
-    collate = Collator(
-        tokenizer, packed=run.data.packing or needs_no_padding(run, data, model), mode=data.template.mode
-    )
-    return collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
+def batches(run: Run, data: Data, model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The batches of training and of evaluation that need most memory, as training makes them; None: none is made."""
+    mode, flat = data.template.mode, needs_no_padding(run, data, model)
+    collate = Collator(tokenizer, packed=run.data.packing or flat, mode=mode)
+    training = collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
+    if not data.evaluation:
+        return training, None
+    size = run.train.eval_batch_size or run.train.batch_size
+    rows = range(len(data.evaluation))
+    found = [list(rows[start : start + size]) for start in rows[::size]]
+    longest = heaviest(found, [sides(example, mode) for example in data.evaluation], flat=flat)
+    return training, Collator(tokenizer, packed=flat, mode=mode)([data.evaluation[i] for i in longest])
 
 
 def needs_no_padding(run: Run, data: Data, model: Any) -> bool:
