@@ -301,6 +301,18 @@ def test_the_price_of_checkpointing_does_not_go_by_the_lengths_of_rows(tmp_path:
     assert all(30 <= int(price.removesuffix("% more arithmetic")) <= 36 for price in prices)
 
 
+def test_both_sides_of_an_encoder_decoder_are_weighed() -> None:
+    """Rows of 50 tokens in and 2 out beside rows of 48 in and 40 out, in training and in evaluation."""
+    run = made_up(train={"batch_size": 8}, data={"train": "made up", "eval": 0.1})
+    data = model.made_up(run, "seq2seq", 1)
+    sizes = [(50, 2)] * 8 + [(48, 40)] * 8
+    rows = [replace(data.train[0], input_ids=[1] * inside, labels=[1] * out) for inside, out in sizes]
+    found = model.batches(
+        run, replace(data, train=rows, evaluation=rows), tiny("t5"), SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    )
+    assert [None if each is None else each["labels"].shape for each in found] == [(8, 40), (8, 40)]
+
+
 def test_made_up_rows_are_evaluated_in_batches_of_their_own() -> None:
     run = made_up(data={"train": "made up", "eval": 0.1}, train={"batch_size": 1, "eval_batch_size": 32})
     found = plan(run, length=64, device="24GB")
