@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedModel, T5Config
 import graft
 from graft import base
 from graft.fast.loss import fast_loss
-from graft.planning.memory import bytes_of, optimizer_bytes, standing, training
+from graft.planning.memory import bytes_of, evaluating, optimizer_bytes, standing, training
 from graft.planning.probe import alive, peak
 from graft.planning.shapes import Shapes, kernels
 from graft.train.guards import checkpointing
@@ -128,6 +128,52 @@ def test_what_a_step_allocates(config: Any, method: str, dtype: str, again: bool
         )
     assert found.weights == stands
     assert found.total - found.weights == pytest.approx(wanted + kept, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adafactor_needs_more_for_its_step_than_a_short_batch_does(dtype: str) -> None:
+    """Beside all gradients it makes the largest tensor of all, here the embedding, several times in fp32."""
+    config, kind = copy.deepcopy(LLAMA), DTYPES[dtype][0]
+    config.vocab_size = 20_000
+    model, hollow = real(config, kind), base.skeleton(config).to(kind)
+    for each in (model, hollow):
+        graft.attach(each, graft.FullFineTuning(), "a")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer: Any = transformers.optimization.Adafactor(trained, lr=1e-3, relative_step=False, scale_parameter=False)
+    batch = batch_of(config, 1, 4)
+
+    def step() -> None:
+        fast_loss(model, batch).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        model.zero_grad()
+
+    step()
+    wanted = peak(step) + bytes_of([*standing(model), *starting(model).values()]) - bytes_of(standing(model))
+    found, _ = training(hollow, batch, optimizer="adafactor", accumulate=1, on_cpu=True)
+    assert found.total - found.weights - found.optimizer == pytest.approx(wanted, rel=0.01)
+    assert found.gradients == bytes_of(trained)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_what_an_evaluation_allocates(config: Any, dtype: str) -> None:
+    """A forward without gradients, the optimizer's state and the adapter as it began beside it."""
+    kind, compute = DTYPES[dtype]
+    model, hollow = real(config, kind).eval(), base.skeleton(config).to(kind)
+    for each in (model, hollow):
+        graft.attach(each, graft.LoRA(rank=8, targets="all-linear"), "a")
+    batch = batch_of(config, 8, 200)
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast("cpu", dtype=compute, enabled=compute is not None):
+            fast_loss(model, batch)
+
+    forward()
+    found = evaluating(hollow, batch, optimizer="adamw", on_cpu=True, compute=compute)
+    assert found.activations + found.logits == pytest.approx(peak(forward), rel=0.05)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert found.weights == bytes_of(standing(model)) and found.other == bytes_of(starting(model).values())
+    assert found.gradients == 0 and found.optimizer == optimizer_bytes(trained, "adamw")
 
 
 def test_gradients_of_the_batches_before_stand_beside_a_forward() -> None:

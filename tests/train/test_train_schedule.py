@@ -58,6 +58,13 @@ def test_where_a_step_stands() -> None:
     assert len(longest) * max(LENGTHS[i] for i in longest) == largest
 
 
+def test_the_heaviest_batch_of_an_encoder_decoder_has_two_sides() -> None:
+    """Eight rows of 512 tokens in and 2 out beside eight of 500 in and 480 out."""
+    sides = [(512, 2)] * 8 + [(500, 480)] * 8
+    found = Schedule([max(each) for each in sides], batch_size=8, sides=sides)
+    assert sorted(found.longest()) == [*range(8, 16)]
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 def test_the_rate_is_transformers_and_never_lost(kind: str) -> None:
     """As transformers' (its first step has rate 0, ours is one step ahead while warming up), for every length."""

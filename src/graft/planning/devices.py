@@ -54,6 +54,8 @@ CONTEXT = 600 * 2**20
 
 EMULATES_BF16 = ("gtx1080ti", "rtx2080ti", "t4", "p100", "v100-16", "v100-32")
 """GPUs that have no instructions for bf16: a base loads in fp32 there."""
+GROUPS, MEMBER = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux says what the groups of processes may take, and in which of them this one is."""
 
 
 class Device(NamedTuple):
@@ -77,7 +79,7 @@ def room(device: str | None) -> Device:
 
     Args:
         device: None for this machine's (its GPU, if there is one), a GPU's name ("a100-80", "rtx4090"), "cpu", "cuda",
-            or a size ("24GB"), which is that of a GPU.
+            or a size ("24GB"), which is that of a GPU as it is sold.
 
     Raises:
         ConfigError: no such device is known.
@@ -92,7 +94,7 @@ def room(device: str | None) -> Device:
         return Device(torch.cuda.get_device_name(name), free, False, base.computes_bf16(name), 0)
     with contextlib.suppress(ValueError):
         size = float(name.removesuffix("gib").removesuffix("gb"))
-        return Device(f"{size:g} GB", int(size * GIB), False, True)
+        return Device(f"{size:g} GB", int(size * GIB * USABLE), False, True)
     if name not in GPUS:
         raise ConfigError(f"device: {device!r} is not known; {nearest(name, GPUS)}, or give its memory, such as 24GB")
     return Device(name, int(GPUS[name] * GIB * USABLE), False, name not in EMULATES_BF16)
@@ -100,12 +102,31 @@ def room(device: str | None) -> Device:
 
 def available() -> int:
     """Bytes of this machine's memory that a process can have now, within what its container may take."""
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
+    return min([int(psutil.virtual_memory().available), *_bounds()])
+
+
+def _bounds() -> list[int]:
+    """Bytes that are left in each group of processes that this one is in, an ancestor's bound holding for all below."""
+    found = []
+    with contextlib.suppress(OSError):  # no Linux
+        for line in MEMBER.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            names = ("max", "current", "") if not kinds else ("limit_in_bytes", "usage_in_bytes", "total_")
+            root = GROUPS / "memory" if kinds else GROUPS
+            place = root / path.strip("/")
+            found += [_left(each, *names) for each in (place, *place.parents) if each.is_relative_to(root)]
+    return [each for each in found if each is not None]
+
+
+def _left(group: Path, most: str, used: str, prefix: str) -> int | None:
+    """Bytes up to a group's bound, its files' cache counted as free; None where it has none."""
     try:
-        most = int((group / "memory.max").read_text())  # "max" where there is no bound
-        used = int((group / "memory.current").read_text())
+        left = int((group / f"memory.{most}").read_text()) - int((group / f"memory.{used}").read_text())
+    except (OSError, ValueError):  # "max": no bound
+        return None
+    with contextlib.suppress(OSError, ValueError):
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(0, most - used + int(counts.get("inactive_file", 0))))
+        left += sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(0, left)

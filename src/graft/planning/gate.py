@@ -38,11 +38,11 @@ def check_room(run: Run, config: Any, tokenizer: Any, data: Data, *, force: bool
     told(verdict(made))
     for note in made.notes:
         told(f"note: {note}")
-    if made.training.total <= made.room or force:
+    if made.need <= made.room or force:
         return
     offered = plan(run, given=given, changes=1, answers=False).changes
     hint = f"; it would with {changed(offered[0].settings)}" if offered else ""
     raise ConfigError(
-        f"train: this needs {size(made.training.total)} at its peak, and {made.device} has {size(made.room)}{hint}; "
+        f"train: this needs {size(made.need)} at its peak, and {made.device} has {size(made.room)}{hint}; "
         "or --force tries it all the same"
     )

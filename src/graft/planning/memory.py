@@ -75,6 +75,17 @@ def optimizer_bytes(parameters: Iterable[Tensor], optimizer: str) -> int:
     return sum(4 * (p.shape[-1] + p.numel() // p.shape[-1] if p.dim() > 1 else p.numel()) for p in parameters)
 
 
+def step_bytes(parameters: Iterable[Tensor], optimizer: str) -> int:
+    """What an optimizer makes in its step, beside its state and the gradients.
+
+    transformers' Adafactor, of one tensor after the other: the square of the gradient with and without its epsilon, and
+    of 16 bits the gradient and the weight in 32.
+    """
+    if optimizer != "adafactor":
+        return 0
+    return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in parameters), default=0)
+
+
 def training(
     model: Any,
     batch: dict[str, Any],
@@ -113,7 +124,7 @@ def training(
     peak = shapes.at_peak
     backward = peak.get("backward", 0)
     gradients = min(bytes_of(trained), backward)
-    kept = bytes_of([*stands, *states.starting(model).values()]) - bytes_of(stands)
+    kept = _starting(model, stands)
     memory = Memory(
         weights=bytes_of(stands),
         gradients=gradients,
@@ -122,9 +133,37 @@ def training(
         logits=peak.get("logits", 0),
         other=backward - gradients + kept,
     )
+    makes = step_bytes(trained, optimizer)
+    step = replace(memory, gradients=bytes_of(trained), activations=0, logits=0, other=kept + makes)
+    if makes and step.total > memory.total:
+        memory = step
     starts = memory.weights + sum(a.method.start_bytes(a) for adapter in bank_of(model) for a in adapter.leaves)
     memory = replace(memory, other=memory.other + max(0, starts - memory.total))
     return memory, shapes.arithmetic
+
+
+def evaluating(
+    model: Any, batch: dict[str, Any], *, optimizer: str, on_cpu: bool, compute: torch.dtype | None = None
+) -> Memory:
+    """The peak of an evaluation in the middle of training; the arguments are those of `training`."""
+    stands = standing(model)
+    head.assume(model)
+    model.eval()
+    with torch.no_grad(), kernels(on_cpu, compute), Shapes() as shapes, _phases(shapes):
+        shapes.know(stands)
+        _loss(model, batch)
+    return Memory(
+        weights=bytes_of(stands),
+        optimizer=optimizer_bytes([p for p in model.parameters() if p.requires_grad], optimizer),
+        activations=shapes.at_peak.get("activations", 0),
+        logits=shapes.at_peak.get("logits", 0),
+        other=_starting(model, stands),
+    )
+
+
+def _starting(model: Any, stands: list[Tensor]) -> int:
+    """Bytes of the copy of the adapter as it began, where that is no tensor which stands anyway."""
+    return bytes_of([*stands, *states.starting(model).values()]) - bytes_of(stands)
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from graft import base, interface, roles
+from graft import base, interface, vocabulary
 from graft.adapt import attach
 from graft.data.collate import Collator
 from graft.data.encode import Example
@@ -20,8 +23,9 @@ from graft.data.rows import Row
 from graft.data.template import Template
 from graft.errors import ConfigError
 from graft.train.config import Run
-from graft.train.setup import Data, padding_free, schedule_of
-from graft.weights import is_linear
+from graft.train.schedule import heaviest
+from graft.train.setup import Data, padding_free, schedule_of, sides
+from graft.weights import features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +78,26 @@ def shapes_of(run: Run, given: Given, dtype: torch.dtype) -> Any:
     if head is not None and head.weight is embedding.weight and own_head(run.base):
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     if run.precision in QUANTIZED:
-        tops = [site.module for site in roles.task_heads(model)] + [head]
-        for module in model.modules():
-            if is_linear(module) and type(module) is nn.Linear and not any(module is top for top in tops):
-                module.__class__ = Dequantized
+        quantize(model, base._class_name(given.config, labels if mode == "classification" else None)[0])
     method = run.method if given.tokenizer is None else run.method.with_tokenizer(given.tokenizer)
     for name in given.data.names:
         attach(model, method, name, peft_compat=run.peft_compat)
     return model
+
+
+def quantize(model: Any, auto: str) -> None:
+    """Put codes in the place of the linears that bitsandbytes would: transformers' own rule, without that package.
+
+    Args:
+        auto: the class that loads it; of some the task head stays whole, as in `base.load_base`.
+    """
+    whole = list(vocabulary.TASK_HEADS) if auto.endswith(base.TRAINED) else None
+    skipped = HfQuantizer.get_modules_to_not_convert(model, whole, model._keep_in_fp32_modules)
+    for path, module in list(model.named_modules()):
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skipped):
+            weight, sizes = module.weight, features(module)
+            codes = Dequantized(*sizes, bias=module.bias is not None, device=weight.device, dtype=weight.dtype)
+            model.set_submodule(path, codes)
 
 
 def quantized_away(model: nn.Module, precision: str) -> int:
@@ -121,7 +137,7 @@ class _Dequantized(torch.autograd.Function):
 
 
 def made_up(run: Run, mode: Any, length: int) -> Data:
-    """One batch of rows that are all of one length, every token with a label."""
+    """A batch of rows that are all of one length, every token with a label; one of evaluation too if the run has it."""
     ids = [1] * length
     labels = [0] if mode == "classification" else ids
     rows = [
@@ -129,15 +145,22 @@ def made_up(run: Run, mode: Any, length: int) -> Data:
         for number in range(1, run.train.batch_size + 1)
     ]
     nothing: Any = None  # made-up rows have nothing to report
-    return Data(rows, None, Template(kind="plain", mode=mode), nothing, {}, (run.name,), length)
+    evaluation = rows[:1] * (run.train.eval_batch_size or run.train.batch_size) if run.data.eval is not None else None
+    return Data(rows, evaluation, Template(kind="plain", mode=mode), nothing, {}, (run.name,), length)
 
 
-def heaviest(run: Run, data: Data, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The batch that needs most memory, as training would make it."""
-    collate = Collator(
-        tokenizer, packed=run.data.packing or needs_no_padding(run, data, model), mode=data.template.mode
-    )
-    return collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
+def batches(run: Run, data: Data, model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The batches of training and of evaluation that need most memory, as training makes them; None: none is made."""
+    mode, flat = data.template.mode, needs_no_padding(run, data, model)
+    collate = Collator(tokenizer, packed=run.data.packing or flat, mode=mode)
+    training = collate([data.train[i] for i in schedule_of(run, data).longest(flat=collate.packed)])
+    if not data.evaluation:
+        return training, None
+    size = run.train.eval_batch_size or run.train.batch_size
+    rows = range(len(data.evaluation))
+    found = [list(rows[start : start + size]) for start in rows[::size]]
+    longest = heaviest(found, [sides(example, mode) for example in data.evaluation], flat=flat)
+    return training, Collator(tokenizer, packed=flat, mode=mode)([data.evaluation[i] for i in longest])
 
 
 def needs_no_padding(run: Run, data: Data, model: Any) -> bool:

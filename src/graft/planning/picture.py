@@ -30,11 +30,11 @@ def table(plan: Plan) -> RenderableType:
 
     parts = Table(box=None, pad_edge=False)
     parts.add_column("at the peak")
-    parts.add_column("training", justify="right")
-    if plan.inference is not None:
-        parts.add_column("answering", justify="right")
+    columns = _columns(plan)
+    for title in columns:
+        parts.add_column(title, justify="right")
     for name in (*asdict(plan.training), "total"):
-        row = [getattr(each, name) for each in (plan.training, plan.inference) if each is not None]
+        row = [getattr(each, name) for each in columns.values()]
         if any(row):
             parts.add_row(name, *(size(count) if count else "" for count in row))
     head = (
@@ -48,6 +48,12 @@ def table(plan: Plan) -> RenderableType:
     return Group(*lines, *(f"note: {note}" for note in plan.notes))
 
 
+def _columns(plan: Plan) -> dict[str, Memory]:
+    """What the plan says the memory of."""
+    found = {"training": plan.training, "evaluation": plan.evaluation, "answering": plan.inference}
+    return {title: memory for title, memory in found.items() if memory is not None}
+
+
 def probed(plan: Plan, probe: Probe) -> str:
     """What two real steps measured, in one line."""
     off = plan.training.total / probe.peak - 1
@@ -59,10 +65,10 @@ def probed(plan: Plan, probe: Probe) -> str:
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, in one line."""
-    need = f"{size(plan.training.total)} of {size(plan.room)} ({plan.device})"
+    need = f"{size(plan.need)} of {size(plan.room)} ({plan.device})"
     if plan.fits:
         return f"fits: {need}"
-    if plan.training.total <= plan.room:
+    if plan.need <= plan.room:
         need += ", which leaves too little for what is not predicted"
     if plan.changes:
         return f"does not fit: {need}; it would with"
@@ -83,10 +89,8 @@ def draw(plan: Plan, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bars: dict[str, Memory] = {"training": plan.training}
-    if plan.inference is not None:
-        bars["answering"] = plan.inference
-    unit = 1e9 if plan.training.total >= 1e9 else MB
+    bars = _columns(plan)
+    unit = 1e9 if plan.need >= 1e9 else MB
     figure = Figure(figsize=(8, 1.2 + 0.7 * len(bars)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

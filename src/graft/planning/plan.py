@@ -16,8 +16,8 @@ from graft import base
 from graft.description import describe
 from graft.errors import ConfigError, SiteError
 from graft.planning.devices import CONTEXT, Device, room
-from graft.planning.memory import Memory, answering, training
-from graft.planning.model import QUANTIZED, Given, config_of, heaviest, made_up, quantized_away, shapes_of
+from graft.planning.memory import Memory, answering, evaluating, training
+from graft.planning.model import QUANTIZED, Given, batches, config_of, made_up, quantized_away, shapes_of
 from graft.planning.probe import Probe
 from graft.train.config import Run, make_run
 from graft.train.guards import checkpointing
@@ -59,6 +59,8 @@ class Plan:
     trainable: int
     """Values."""
     training: Memory
+    evaluation: Memory | None
+    """None: the run has none."""
     inference: Memory | None
     changes: tuple[Change, ...] | None = None
     """Where it does not fit what would, each alone; None where that was not looked for."""
@@ -66,24 +68,41 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def need(self) -> int:
+        """Bytes at the peak of the run, in a step or in an evaluation."""
+        return _peak(self.training, self.evaluation)
+
+    @property
     def fits(self) -> bool:
-        return self.training.total <= self.room * MARGIN
+        return self.need <= self.room * MARGIN
 
     def to_dict(self) -> dict[str, Any]:
         """JSON."""
-        found = asdict(self) | {"fits": self.fits, "training": self.training.to_dict()}
-        return found | {"inference": None if self.inference is None else self.inference.to_dict()}
+        parts = {name: getattr(self, name) for name in ("training", "evaluation", "inference")}
+        found = asdict(self) | {"need": self.need, "fits": self.fits}
+        return found | {name: None if part is None else part.to_dict() for name, part in parts.items()}
+
+
+def _peak(step: Memory, evaluation: Memory | None) -> int:
+    return max(step.total, 0 if evaluation is None else evaluation.total)
 
 
 @dataclass(frozen=True)
 class _Needs:
     memory: Memory
+    evaluation: Memory | None
     inference: Memory | None
     rows: int
     tokens: int
     total: int
     trainable: int
     arithmetic: int
+    evaluated: tuple[int, int] = (0, 0)
+    """Rows and positions of evaluation's heaviest batch."""
+
+    @property
+    def need(self) -> int:
+        return _peak(self.memory, self.evaluation)
 
 
 def plan(
@@ -127,8 +146,9 @@ def plan(
         total=found.total,
         trainable=found.trainable,
         training=found.memory,
+        evaluation=found.evaluation,
         inference=found.inference,
-        notes=tuple(_notes(run, where)),
+        notes=(*_larger_evaluation(found), *_notes(run, where)),
     )
     if made.fits or not changes:
         return made
@@ -153,26 +173,46 @@ def _needs(run: Run, given: Given, where: Device, *, answers: bool) -> _Needs:
     dtype = DTYPES[run.precision if run.precision in DTYPES else _computes(where)]
     model = shapes_of(run, given, dtype)
     counts = describe(model)
-    batch = heaviest(run, data, model, given.tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0))
+    tokenizer = given.tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    batch, evaluated = batches(run, data, model, tokenizer)
+    alike: dict[str, Any] = {"optimizer": settings.optimizer, "on_cpu": where.on_cpu}
+    alike["compute"] = torch.bfloat16 if settings.compute == "bf16" else None
     with checkpointing(model, settings.gradient_checkpointing):
-        memory, arithmetic = training(
-            model,
-            batch,
-            optimizer=settings.optimizer,
-            accumulate=settings.accumulate,
-            on_cpu=where.on_cpu,
-            compute=torch.bfloat16 if settings.compute == "bf16" else None,
-        )
+        memory, arithmetic = training(model, batch, accumulate=settings.accumulate, **alike)
+        evaluation = None if evaluated is None else evaluating(model, evaluated, **alike)
     inference = None
     if answers and mode != "classification":
         longest = max(len(row.input_ids) for row in data.train)
         inference = answering(model, settings.batch_size, longest, ANSWER, on_cpu=where.on_cpu)
     less = quantized_away(model, run.precision) if run.precision in QUANTIZED else 0
-    memory = replace(memory, weights=memory.weights - less, other=memory.other + where.context)
-    if inference is not None:
-        inference = replace(inference, weights=inference.weights - less, other=inference.other + where.context)
-    rows = len(batch.get("segments") or batch["input_ids"])
-    return _Needs(memory, inference, rows, batch["input_ids"].numel(), counts.total, counts.trainable, arithmetic)
+
+    def there(memory: Memory) -> Memory:
+        return replace(memory, weights=memory.weights - less, other=memory.other + where.context)
+
+    rows, tokens = _size(batch, mode)
+    return _Needs(
+        memory=there(memory),
+        evaluation=evaluation and there(evaluation),
+        inference=inference and there(inference),
+        rows=rows,
+        tokens=tokens,
+        total=counts.total,
+        trainable=counts.trainable,
+        arithmetic=arithmetic,
+        evaluated=(0, 0) if evaluated is None else _size(evaluated, mode),
+    )
+
+
+def _size(batch: dict[str, Any], mode: str) -> tuple[int, int]:
+    """Rows and positions of a batch, of an encoder-decoder those of both sides."""
+    both = ("input_ids", "labels") if mode == "seq2seq" else ("input_ids",)
+    return len(batch.get("segments") or batch["input_ids"]), sum(batch[key].numel() for key in both)
+
+
+def _larger_evaluation(found: _Needs) -> Iterator[str]:
+    if found.need > found.memory.total:
+        rows, tokens = found.evaluated
+        yield f"evaluation needs more than training: its heaviest batch has {rows} rows, {tokens:,} tokens"
 
 
 def _changes(run: Run, now: _Needs, needs: Any, where: Device) -> Iterator[Change]:
@@ -183,15 +223,16 @@ def _changes(run: Run, now: _Needs, needs: Any, where: Device) -> Iterator[Chang
             found = needs(_with(run, settings))
         except (ConfigError, SiteError):
             return None  # a method that these settings cannot have
-        if found.memory.total > where.room * MARGIN:
+        if found.need > where.room * MARGIN:
             return None
-        return Change(settings=settings, total=found.memory.total, price=_price(settings, found, now))
+        return Change(settings=settings, total=found.need, price=_price(settings, found, now))
 
-    batches = list(_batches(run))
+    whole, smaller = _batches(run)
     for kind in _kinds(run, where):
-        found = _first([kind | batch for batch in batches if kind or batch], tried)
-        if found is not None:
-            yield found
+        change = next(filter(None, (tried(kind | each) for each in whole if kind or each)), None)
+        change = change or _first([kind | each for each in smaller], tried)
+        if change is not None:
+            yield change
 
 
 def _first(settings: list[dict[str, Any]], tried: Callable[[dict[str, Any]], Change | None]) -> Change | None:
@@ -213,13 +254,29 @@ def _kinds(run: Run, where: Device) -> Iterator[dict[str, Any]]:
             yield precision | kept
 
 
-def _batches(run: Run) -> Iterator[dict[str, Any]]:
-    """The run's own batch, and halves of it down to one row."""
-    yield {}
-    rows, accumulate = run.train.batch_size, run.train.accumulate
-    while rows > 1:
-        accumulate, rows = accumulate * 2 if rows % 2 == 0 else -(-accumulate * rows // (rows // 2)), rows // 2
-        yield {"train.batch_size": rows, "train.accumulate": accumulate}
+def _batches(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The run's own batches of training, and smaller ones that make the same steps, each of them less than the last.
+
+    The first of these may need more than the run's own: with several in a step all gradients stand beside a forward.
+    """
+    rows, accumulate, evaluated = run.train.batch_size, run.train.accumulate, run.train.eval_batch_size
+    if run.data.packing:  # a batch is one pack; only an evaluation has rows
+        most = (evaluated or rows) if run.data.eval is not None else 1
+        return [{}], [{"train.eval_batch_size": size} for size in _divisors(most)]
+    whole: list[dict[str, Any]] = [{}]
+    if (evaluated or 0) > rows:
+        whole.append({"train.eval_batch_size": rows})
+    smaller = []
+    for size in _divisors(rows):
+        smaller.append({"train.batch_size": size, "train.accumulate": accumulate * (rows // size)})
+        if (evaluated or 0) > size:
+            smaller[-1]["train.eval_batch_size"] = size
+    return whole, smaller
+
+
+def _divisors(number: int) -> list[int]:
+    """The smaller ones, largest first."""
+    return [each for each in range(number // 2, 0, -1) if number % each == 0]
 
 
 def _with(run: Run, settings: dict[str, Any]) -> Run:
@@ -236,10 +293,12 @@ def _with(run: Run, settings: dict[str, Any]) -> Run:
 def _price(settings: dict[str, Any], found: _Needs, now: _Needs) -> str:
     parts = []
     if "train.gradient_checkpointing" in settings:
-        share = found.arithmetic / max(1, found.rows) / (now.arithmetic / max(1, now.rows)) - 1
+        share = found.arithmetic / max(1, found.tokens) / (now.arithmetic / max(1, now.tokens)) - 1
         parts.append(f"{share:.0%} more arithmetic")
     if "train.batch_size" in settings:
         parts.append("the same steps in more and smaller batches")
+    elif "train.eval_batch_size" in settings:
+        parts.append("evaluation in smaller batches")
     if settings.get("precision") == "bf16":
         parts.append("the base rounds to 16 bits")
     if settings.get("precision") == "nf4":
@@ -273,8 +332,6 @@ def _notes(run: Run, where: Device) -> Iterator[str]:
         yield "the second forward of train.on_forgetting: regularise is not in the prediction"
     if run.data.general is not None:
         yield "the batches of data.general are not in the prediction"
-    if (settings.eval_batch_size or 0) > settings.batch_size:
-        yield "evaluation in larger batches (train.eval_batch_size) is not in the prediction"
     if settings.trunk_cache:
         yield "the states that train.trunk_cache may keep are not in the prediction: at most a quarter of what is free"
     if settings.compile:

@@ -86,23 +86,29 @@ def _measure(trainer: Any, batch: dict[str, Any], steps: int, before: int) -> Pr
         optimizer.step()
         model.zero_grad()
 
-    beside = 0
+    seconds = 0.0
+
+    def timed(part: Callable[[], None]) -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        part()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+
     if cuda:
         batches()
-    else:
-        beside = peak(batches)
-    rest()
-    if cuda:
+        rest()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    batches()
-    rest()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    if cuda:
+        timed(batches)
+        timed(rest)
         return Probe(seconds=seconds, peak=torch.cuda.max_memory_allocated(), steps=steps)
+    beside = peak(batches)
+    rest()
+    timed(batches)  # unwatched, for the profiler takes time; of the few operations of `rest` hardly any
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    beside = max(beside, gradients + peak(lambda: timed(rest)))
     trainer.losses.clear()
     return Probe(seconds=seconds, peak=alive() - before + beside, steps=steps)
 

@@ -19,6 +19,7 @@ class Schedule:
 
     Args:
         lengths: tokens of each example.
+        sides: of an encoder-decoder the tokens of its input and of its target; else none.
         batch_size: examples in a batch; not used with `pack`.
         accumulate: batches in one optimizer step, over all devices.
         epochs, max_steps: how long; `max_steps`, in optimizer steps, wins.
@@ -38,7 +39,9 @@ class Schedule:
         seed: int = 0,
         group: bool = True,
         pack: int | None = None,
+        sides: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        self.sides = [(each,) for each in lengths] if sides is None else sides
         self.lengths, self.batch_size, self.accumulate = lengths, batch_size, accumulate
         source = LengthGrouped(lengths, batch_size, seed=seed, group=group, max_length=pack)
         self.batches: list[list[int]] = []
@@ -89,13 +92,24 @@ class Schedule:
         return number + (done - start) / (self.ends[number] - start)
 
     def longest(self, *, flat: bool = False) -> list[int]:
-        """The batch that needs most memory: rows times the longest row, or all tokens where nothing is padded."""
+        """See `heaviest`."""
+        return heaviest(self.batches, self.sides, flat=flat)
 
-        def tokens(batch: list[int]) -> int:
-            lengths = [self.lengths[i] for i in batch]
-            return sum(lengths) if flat else len(batch) * max(lengths)
 
-        return max(self.batches, key=tokens)
+def heaviest(batches: Sequence[list[int]], sides: Sequence[Sequence[int]], *, flat: bool = False) -> list[int]:
+    """The batch that needs most memory: rows times the longest of each side, or all tokens where nothing is padded.
+
+    Args:
+        batches: example numbers.
+        sides: tokens of each example; of an encoder-decoder those of its input and of its target.
+        flat: nothing is padded.
+    """
+
+    def tokens(batch: list[int]) -> int:
+        columns = zip(*(sides[i] for i in batch), strict=True)
+        return sum(sum(column) if flat else len(batch) * max(column) for column in columns)
+
+    return max(batches, key=tokens)
 
 
 def rate(step: int, *, kind: str, steps: int, warmup: int) -> float:

@@ -197,6 +197,7 @@ def schedule_of(run: Run, data: Data) -> Schedule:
         seed=run.seed,
         group=run.data.group,
         pack=data.max_length if run.data.packing else None,
+        sides=[sides(example, data.template.mode) for example in data.train],
     )
 
 
@@ -224,6 +225,11 @@ def padding_free(run: Run, data: Data, model: PreTrainedModel, tried: PreTrained
 def length(example: Example) -> int:
     """Tokens of an example; of an encoder-decoder's the longer side."""
     return max(len(example.input_ids), len(example.labels))
+
+
+def sides(example: Example, mode: str) -> tuple[int, ...]:
+    """Tokens of an example; of an encoder-decoder those of its input and of its target."""
+    return (len(example.input_ids), len(example.labels)) if mode == "seq2seq" else (len(example.input_ids),)
 
 
 def needs_rows(run: Run, data: Data, model: PreTrainedModel, tried: PreTrainedModel | None = None) -> str | None:
