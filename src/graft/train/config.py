@@ -116,7 +116,7 @@ class DataSettings(Settings):
     truncate: bool = False
     """Cut longer rows instead of refusing them."""
     packing: bool = False
-    """Several examples in one row, blind to each other; `train.batch_size` then counts packs."""
+    """Several examples in one row, blind to each other; a batch is then one pack, whatever `train.batch_size`."""
     padding_free: bool | None = None
     """The examples of a batch end to end in one row, without padding; None: where it changes nothing but the time.
     True: refuse where it cannot be; False: pad."""
@@ -139,7 +139,7 @@ class TrainSettings(Settings):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides `epochs`."""
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Examples (packs with `data.packing`) in one forward on one device."""
+    """Examples in one forward on one device; not used with `data.packing`."""
     eval_batch_size: Annotated[int, Field(ge=1)] | None = None
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches in one optimizer step."""
