@@ -21,7 +21,8 @@ from pathlib import Path
 import common
 from rich.console import Console
 
-from graft.compare.matrix import make_matrix, run_matrix
+from graft.compare.matrix import run_matrix
+from graft.compare.matrix_settings import make_matrix
 
 OUT = common.RESULTS / "icl_matrix"
 TESTS = {"mnli": "mnli/dev_matched.jsonl", "snli": "ood/snli_dev.jsonl", "advglue_mnli": "ood/advglue_mnli.jsonl"}

@@ -25,8 +25,9 @@ from graft.adapt import attach
 from graft.base import load_base, load_tokenizer
 from graft.compare import matrix
 from graft.compare.cells import near_chance, summary, t_and_p
-from graft.compare.matrix import load_matrix, make_matrix, run_matrix
+from graft.compare.matrix import run_matrix
 from graft.compare.matrix_page import matrix_html, write_page
+from graft.compare.matrix_settings import load_matrix, make_matrix
 from graft.data.rows import load_rows
 from graft.data.template import Template
 from graft.errors import ConfigError, DataError, TrainingError

@@ -22,15 +22,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, model_validator
 from rich.console import Console
 
 from graft.adapt import detach
 from graft.base import device_kind, identity, load_base, load_config, load_tokenizer
 from graft.compare.cells import line, summary, told
 from graft.compare.matrix_page import write_page
+from graft.compare.matrix_settings import CALIBRATED, ICL, TUNED, ZERO, MatrixSettings, name_of
 from graft.data.rows import Row, load_rows
 from graft.data.template import Template
 from graft.disk import write_text
@@ -41,74 +41,9 @@ from graft.evaluate.metrics import accuracy
 from graft.evaluate.shots import draw, fitting, with_shots
 from graft.files import load
 from graft.planning.gate import check_room
-from graft.settings import Settings, read_yaml, validated
-from graft.train.config import MethodField, Run, TrainSettings, make_run
+from graft.train.config import Run, make_run
 from graft.train.run import Interrupted, train
 from graft.train.setup import Opened, read_data
-
-ICL, CALIBRATED, ZERO = "icl", "icl_calibrated", "zero_shot"
-"""What the approaches without training are called; a method has the name that its settings give it."""
-TUNED = "tuned"
-
-
-class TestSettings(Settings):
-    """A set of rows that every approach is tested on."""
-
-    source: str
-    split: str | None = None
-    columns: dict[str, str] = {}
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Test so many rows, the first that are short enough; None: all."""
-    out_of_domain: bool = False
-
-
-class ArmSettings(Settings):
-    """A fine-tuning: a method, and how it is trained."""
-
-    method: MethodField
-    train: TrainSettings = TrainSettings(epochs=40, batch_size=16)
-
-
-class MatrixSettings(Settings):
-    """What `run_matrix` runs; the key `matrix` of a `compare.yaml`."""
-
-    bases: Annotated[list[str], Field(min_length=1)]
-    """One base, or several sizes."""
-    precision: str = "auto"
-    device: str | None = None
-    train: str
-    """The rows that examples are drawn from."""
-    split: str | None = None
-    columns: dict[str, str] = {}
-    tests: Annotated[dict[str, TestSettings], Field(min_length=1)]
-    template: dict[str, Any]
-    """As `data.template` of a run: kind, and a task, or templates (the patterns) and a verbalizer."""
-    patterns: list[int] | None = None
-    """Which of the template's prompts, from 0; None: each."""
-    methods: Annotated[dict[str, ArmSettings], Field(min_length=1)]
-    shots: Annotated[int, Field(ge=1)] = 16
-    seeds: Annotated[int, Field(ge=1)] = 10
-    balanced: bool | None = None
-    """As many examples of each label; None: yes."""
-    calibrated: bool = True
-    """In-context learning with contextual calibration beside the plain one."""
-    max_shot_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Draw only rows that are so short in every pattern, with their answer; None: all."""
-    max_question_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Test only rows that are so short in every pattern, with their answer; None: all."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    keep_adapters: bool = False
-    """Leave the folders of the trainings; otherwise each is removed once its result is written."""
-
-    @model_validator(mode="after")
-    def _names(self) -> MatrixSettings:
-        for name in self.methods:
-            if name in (ICL, CALIBRATED, ZERO) or not name.replace("-", "_").isidentifier():
-                raise ConfigError(f"matrix.methods.{name}: take another name, of letters, digits, - and _")
-        labels = [_name(base) for base in self.bases]
-        if len(set(labels)) < len(labels):
-            raise ConfigError(f"matrix.bases: two are called {Counter(labels).most_common(1)[0][0]}; name each once")
-        return self
 
 
 @dataclass(frozen=True)
@@ -123,27 +58,6 @@ class _Sets:
     digest: str
     bases: dict[str, str]
     """What each base holds: see `identity`."""
-
-
-def load_matrix(path: str | Path) -> MatrixSettings:
-    """The settings under the key `matrix` of a YAML file.
-
-    Raises:
-        ConfigError: no such file or key, an unknown key, or a wrong type.
-    """
-    found = read_yaml(path, "comparison", "matrix and output")
-    if not isinstance(found.get("matrix"), dict):
-        raise ConfigError(f"{path}: no key 'matrix' with settings; docs/icl.md has an example")
-    return make_matrix(found["matrix"], str(path))
-
-
-def make_matrix(settings: dict[str, Any], where: str = "matrix") -> MatrixSettings:
-    """The settings from plain data; `where` stands in errors.
-
-    Raises:
-        ConfigError: an unknown key, a missing key or a wrong type.
-    """
-    return validated(MatrixSettings, settings, f"{where}: matrix", "matrix")
 
 
 def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | None = None) -> dict[str, Any]:
@@ -180,7 +94,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
                 unfit = _unfit(settings, sets, base, tokenizer, folder / "runs")
                 model = load_base(base, precision=settings.precision, device=settings.device)
             started = time.perf_counter()
-            unit = {"base": _name(base), "approach": approach, "pattern": pattern, "seed": seed}
+            unit = {"base": name_of(base), "approach": approach, "pattern": pattern, "seed": seed}
             try:
                 if approach in unfit:
                     raise unfit[approach]
@@ -370,7 +284,7 @@ def _file_name(settings: MatrixSettings, sets: _Sets, base: str, approach: str, 
     ]
     depends.append(None if arm is None else arm.model_dump(mode="json"))
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
-    return f"{_name(base)}-{approach}-pattern{pattern}-seed{seed}-{digest}"
+    return f"{name_of(base)}-{approach}-pattern{pattern}-seed{seed}-{digest}"
 
 
 def _facts(settings: MatrixSettings, sets: _Sets) -> dict[str, Any]:
@@ -389,7 +303,3 @@ def _facts(settings: MatrixSettings, sets: _Sets) -> dict[str, Any]:
     left = {key: sets.left_out[key] for key in ("train", "train_tested")}
     patterns = {str(pattern): task.templates[pattern] for pattern in sets.patterns}
     return {"patterns": patterns, "pool": {"rows": len(sets.pool), "left_out": left}, "tests": tests}
-
-
-def _name(base: str) -> str:
-    return Path(base).name

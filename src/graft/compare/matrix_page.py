@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.compare.cells import LEVEL
-from graft.train.folder import write_text
+from graft.disk import write_text
 
 LEAST = 0.2
 """A difference that has full colour, if none is larger: small ones shall look small."""

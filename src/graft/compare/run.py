@@ -19,7 +19,8 @@ from graft.compare.before import checked, facts_of, fits, metrics_of
 from graft.compare.book import FOUND, Book
 from graft.compare.executors import LOST, Executor, opened
 from graft.compare.grid import ROW, RUNS, Entry, Grid, Row, Unit, entries, read_row
-from graft.compare.matrix import make_matrix, run_matrix
+from graft.compare.matrix import run_matrix
+from graft.compare.matrix_settings import make_matrix
 from graft.compare.report import write_report
 from graft.compare.search import Chosen, Flow, flow
 from graft.compare.settings import Compare, Icl

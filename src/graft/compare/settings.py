@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from graft.compare.matrix import MatrixSettings
+from graft.compare.matrix_settings import MatrixSettings
 from graft.errors import ConfigError
 from graft.method import REGISTRY
 from graft.settings import Listed, Number, Settings, read_yaml, validated
