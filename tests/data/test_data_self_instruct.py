@@ -205,3 +205,15 @@ def test_a_failed_request_for_instructions_is_reported() -> None:
     assert made.report["generate"]["failed"] == {}
     assert made.report["generate"]["dropped"]["request for instructions without an answer"] == 1
     assert made.report["train"] == 9
+
+
+def test_a_batch_without_any_answer_does_not_end_the_inventing() -> None:
+    """16 requests fail at the second batch, and 16 of 400 may."""
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        asked = sum(server.asked.values())
+        return Reply(500, b"") if 16 < asked <= 32 else writer(body, before)
+
+    with serving(script) as server:
+        made = invented(server.url, {"count": 30, "requests": 400}, retries=0, concurrency=1)
+    assert made.report["train"] == 30

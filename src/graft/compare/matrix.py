@@ -42,7 +42,7 @@ from graft.evaluate.shots import draw, fitting, with_shots
 from graft.files import load
 from graft.planning.gate import check_room
 from graft.train.config import Run, make_run
-from graft.train.run import Interrupted, train
+from graft.train.run import Interrupted, check_gpu, train
 from graft.train.setup import Opened, read_data
 
 
@@ -76,6 +76,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
         Interrupted: a training was stopped; the same call goes on.
     """
     console, folder = console or Console(), Path(folder).expanduser()
+    check_gpu(settings.device)
     sets = _sets(settings)
     (folder / "results").mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []

@@ -129,14 +129,16 @@ def choose_words(
     # An entry with fewer words scores its last one again, which changes nothing.
     words = [[list(each.items())[min(k, len(each) - 1)] for each in choices.values()] for k in range(most)]
     limit = context_of(model, tokenizer) if cut and mode == "causal" else None
-    if limit is not None:
-        first = [_examples_of(rows[:1], templates, [label for _, label in word_of], tokenizer)[0] for word_of in words]
-        limit = max(1, limit - max(len(example) - _start(example) for each in first for example in each))
+    room = [limit] * len(rows)
+    for word_of in words if limit is not None else ():
+        for number, row in enumerate(_examples_of(rows, templates, [label for _, label in word_of], tokenizer)):
+            room[number] = min(room[number], max(1, limit - max(len(each) - _start(each) for each in row)))
     settings: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "cut": cut and mode != "causal"}
     for word_of in words:
         examples = _examples_of(rows, templates, [label for _, label in word_of], tokenizer)
         if limit is not None:
-            examples = [_shortened(row, entries, limit, begin_ids(tokenizer)) for row in examples]
+            begin = begin_ids(tokenizer)
+            examples = [_shortened(row, entries, most, begin) for row, most in zip(examples, room, strict=True)]
         scored = losses(model, tokenizer, examples, entries, progress=progress, **settings)
         for i, per_row in enumerate(scored):
             for number, loss in enumerate(per_row):
