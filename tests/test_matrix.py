@@ -563,6 +563,6 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_no_training_takes_is_refused_first(settings: Build, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^device: cuda:1: "):
+    with pytest.raises(ConfigError, match=r"^device: cuda:1: "):
         run_matrix(settings(device="cuda:1"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
