@@ -348,7 +348,7 @@ def test_an_evaluation_that_needs_more_than_training_is_the_peak(
     monkeypatch.setattr(devices, "available", lambda: between)
     tight = plan(run, changes=0)
     assert not tight.fits and "does not fit" in verdict(tight)
-    with pytest.raises(ConfigError, match="eval_batch_size=" if packing else "it would with train.batch_size="):
+    with pytest.raises(ConfigError, match="it would with train.eval_batch_size="):
         train(run, console=Console(quiet=True))
 
 
