@@ -12,6 +12,7 @@ chosen by a test set, the last one counts; and calibrated scores stand beside pl
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -219,6 +220,7 @@ def _unfit(
     except GraftError:  # each of them says it of its own
         return {}
 
+    @functools.cache
     def why(approach: str, pattern: int, seed: int) -> GraftError | None:
         unit = {"approach": approach, "seed": seed}
         try:
