@@ -292,9 +292,7 @@ def test_where_steps_fit_only_the_evaluation_is_changed() -> None:
         return _Needs(step, evaluation, None, 8, 64, 1, 1, 64)
 
     where = devices.Device("x", 100, False, True)
-    assert [dict(change.settings) for change in _changes(run, needs(run), needs, where)][0] == {
-        "train.eval_batch_size": 2
-    }
+    assert next(_changes(run, needs(run), needs, where)).settings == {"train.eval_batch_size": 2}
 
 
 def test_a_price_says_how_many_steps_there_are() -> None:

@@ -205,7 +205,7 @@ def _train(run: Run, model: Any, tokenizer: Any) -> None:
 def _unfit(
     settings: MatrixSettings, sets: _Sets, base: str, tokenizer: Any, folder: Path
 ) -> dict[tuple[str, int, int], GraftError]:
-    """Which trainings (method, pattern, seed) do not fit, and why; asked before the base takes its part of the memory."""
+    """Which trainings (method, pattern, seed) do not fit, and why; asked before the base takes its part of memory."""
     seeds, config = range(settings.seeds), load_config(base)
     try:
         templates = {
