@@ -9,6 +9,7 @@ import shutil
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,54 @@ def test_without_room_a_method_is_skipped_before_the_base_takes_its_part(
     assert [each["approach"] for each in found["failed"]] == ["full"]
     assert found["failed"][0]["why"].startswith("train: this needs ") and "--force" not in found["failed"][0]["why"]
     assert {cell["column"] for cell in found["cells"]} == {"lora"} and order.index("base") == order.count("room")
+
+
+def test_only_the_draws_that_do_not_fit_are_skipped(
+    folder: Path, settings: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed 1 alone draws the long row."""
+    asked: list[int] = []
+
+    def room(run: Any, config: Any, tokenizer: Any, data: Any, **more: Any) -> None:
+        asked.append(run.seed)
+        if run.seed == 1:
+            raise ConfigError("train: too large; or --force tries it all the same")
+
+    def long(row: Any) -> Any:
+        text = row.text + " the cat" * 30
+        return replace(row, text=text, fields={**row.fields, "text": text})
+
+    plain = matrix.draw
+    drawn: Callable[..., Any] = lambda pool, shots, seed=0, **more: [  # noqa: E731
+        long(row) if seed else row for row in plain(pool, shots, seed, **more)
+    ]
+    monkeypatch.setattr(matrix, "check_room", room)
+    monkeypatch.setattr(matrix, "draw", drawn)
+    methods = {"lora": {"method": "lora", "train": {"max_steps": 1}}}
+    found = run_matrix(settings(methods=methods, patterns=[0], seeds=2), tmp_path / "out", SILENT)
+    assert [(each["approach"], each["seed"], each["why"]) for each in found["failed"]] == [
+        ("lora", 1, "train: too large")
+    ]
+    assert asked == [1, 0] or sorted(asked) == [0, 1]
+
+
+def test_a_base_that_cannot_take_the_template_does_not_stop_the_others(
+    folder: Path, settings: Build, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder / "llama", other)
+    (other / "chat_template.jinja").unlink()
+    made = settings(
+        bases=[str(other), str(folder / "llama")],
+        template={**TEMPLATE, "kind": "chat"},
+        methods={"lora": {"method": "lora", "train": {"max_steps": 1}}},
+        patterns=[0],
+        seeds=1,
+    )
+    found = run_matrix(made, tmp_path / "out", SILENT)
+    assert {(each["base"], "chat template" in each["why"]) for each in found["failed"]} == {("other", True)}
+    assert len(found["failed"]) == 3
+    assert {each["base"] for each in found["accuracies"]} == {"llama"}
 
 
 def test_only_the_columns_that_are_read_are_trained_on(folder: Path, settings: Build, tmp_path: Path) -> None:
@@ -560,3 +609,9 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
         load_matrix(file)
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         load_matrix(tmp_path / "none.yaml")
+
+
+def test_a_gpu_that_no_training_takes_is_refused_first(settings: Build, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^device: cuda:1: "):
+        run_matrix(settings(device="cuda:1"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

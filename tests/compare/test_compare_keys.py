@@ -142,7 +142,7 @@ def test_every_row_says_where_it_was_made(settings: Build, here: Here, monkeypat
     assert [row["kind"] for row in rows] == ["final", "base"] and rows[0]["machine"] == rows[1]["machine"]
     assert rows[0]["versions"] == rows[1]["versions"] and rows[0]["machine"]["processor"]
     assert not any("one machine" in note for note in found["notes"])
-    monkeypatch.setattr("platform.node", lambda: "another")
+    monkeypatch.setattr("graft.train.result._cpu", lambda: "another")
     found = compare(settings(**parts | {"methods": ["ia3"]}), console=QUIET)
     assert [unit["label"] for unit in here.done[2:]] == ["ia3"]  # the base's row is the first machine's
     assert any("one machine" in note for note in found["notes"])

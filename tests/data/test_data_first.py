@@ -83,7 +83,7 @@ FILTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_filters_may_change_until_the_data_is_finished(case: str) -> None:
     before, after = FILTERS[case]
     with serving(lambda body, count: answer(f"Short: {prompt_of(body)}", reason="length")) as server:
-        with pytest.raises(DataError, match="all answers were left out"):
+        with pytest.raises(DataError, match="no rows are left to write"):
             asked(server, generate=before)
         assert asked(server, generate=after).report["train"] == len(server.bodies) == 8
         with pytest.raises(ConfigError, match=rf"generate\.{case}.*: out was begun with"):

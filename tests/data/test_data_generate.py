@@ -563,3 +563,19 @@ def test_mixed_with_annotated_rows() -> None:
         made = make(make_recipe(given))
     assert made.report["train"] == 13 and sum(server.asked.values()) == 12
     assert "hi" in {row["completion"] for row in lines("out/train.jsonl")}
+
+
+def test_one_prompt_that_is_always_put_off_holds_nobody_for_ever() -> None:
+    """Others are answered meanwhile, so it is the prompt and not the endpoint."""
+    animals(150)
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        bad = prompt_of(body) == prompts[0]
+        return Reply(429, b"", {"Retry-After": "0.01"}) if bad else describe(body, before)
+
+    prompts = ["Describe ant 0."]
+    with serving(lambda body, before: (prompts.__setitem__(0, prompt_of(body)), answer("x"))[1]) as server:
+        make(recipe(server.url, {"concurrency": 1}, output="first", size=1))
+    made, server = served(script, {"retries": 1, "max_failed": 0.1})
+    assert list(made.report["generate"]["failed"].values()) == ["status 429"] and made.report["train"] == 149
+    assert 2 <= server.asked[prompts[0]] <= 20

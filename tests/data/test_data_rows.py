@@ -238,3 +238,14 @@ def test_rows_and_templates_need_no_torch() -> None:
     heavy = {"torch", "transformers", "datasets"}
     code = f"import sys, graft.data.rows, graft.data.report; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src"}, cwd=Path(__file__).parents[2])
+
+
+def test_a_conversation_may_have_several_right_answers(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": turns, "references": ["Hello", "Hey"]}) + "\n")
+    (row,) = load_rows(file)
+    assert (row.completion, row.references) == ("Hello", ("Hello", "Hey"))
+    file.write_text(json.dumps({"messages": turns, "references": [1]}) + "\n")
+    with pytest.raises(DataError, match="row 1: 'references'"):
+        load_rows(file)

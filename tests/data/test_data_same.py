@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import answer, serving
+from serving import answer, prompt_of, serving
 
 from graft.data.make import Made, make
+from graft.data.mixing import _near_in_all
 from graft.data.recipe import make_recipe
-from graft.data.similar import normalised
+from graft.data.similar import jaccard, normalised
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "hazel", "islet"]
 GENERATE = {"endpoint": "http://x/v1", "model": "m", "duplicates": "none"}
@@ -170,3 +173,53 @@ def test_questions_without_answers_are_a_test_set() -> None:
     data = write("data.jsonl", [{"prompt": f"{word}?", "completion": "x"} for word in WORDS])
     made({"data": data}, against=[write("test.jsonl", rows)], near=None)
     assert {row["row"] for row in lines()} == set(range(5, 10))
+
+
+def test_an_instruction_with_a_text_beside_it_is_not_one_question() -> None:
+    rows = [{"instruction": "Translate to German.", "text": f"{word} {word[::-1]} is here"} for word in WORDS]
+    source = {"data": write("a.jsonl", rows), "templates": ["{instruction}\n{text}"], "answer": "endpoint"}
+    with serving(lambda body, before: answer(f"Well, {prompt_of(body)}.")) as server:
+        generate = GENERATE | {"endpoint": server.url}
+        report = made(source, generate=generate, split={"train": 2 / 3, "eval": 1 / 3}).report
+    assert (report["train"], report["eval"]) == (6, 3)
+
+
+def test_sources_that_a_teacher_is_asked_otherwise_are_not_compared() -> None:
+    text = "What is the name of the longest river that flows through the city of Cologne?"
+    own = {"data": write("own.jsonl", [{"prompt": text, "completion": "Rhine"}])}
+    asked = {"data": write("asked.jsonl", [{"prompt": text}]), "answer": "endpoint"}
+    with serving(lambda body, before: answer("Rhine")) as server:
+        generate = GENERATE | {"endpoint": server.url, "prompt": "Answer in one word: {prompt}"}
+        assert made(own, asked, deduplicate="near", generate=generate).report["train"] == 2
+
+
+def test_near_rows_are_found_behind_a_repeated_text() -> None:
+    one = "The soup was cold, the waiter was rude, and all of it was far too dear for what it was."
+    rows = [(one, "food"), (one, "service"), (one.replace("rude", "rudest"), "service"), (one + " No!", "price")]
+    data = write("a.jsonl", [{"text": text, "aspect": aspect, "label": "bad"} for text, aspect in rows])
+    report = made({"data": data, "templates": ["{text}\nOn {aspect}?"]}, deduplicate="near", near=0.8).report
+    assert report["duplicates"]["first"] == [["a row 3", "a row 2"]]
+
+
+def test_pairs_that_are_near_in_all_parts() -> None:
+    """Against a comparison of all with all."""
+    chance = random.Random(4)
+    texts, aspects = [" ".join(chance.choices(WORDS, k=9)) for _ in range(4)], ["the food", "the foods", "service"]
+    parts = []
+    for _ in range(60):
+        words = chance.choice(texts).split()
+        words[chance.randrange(9)] = chance.choice(WORDS)
+        parts.append((" ".join(words), chance.choice(aspects)))
+    every = combinations(range(60), 2)
+    right = {(i, j) for i, j in every if all(jaccard(a, b) >= 0.7 for a, b in zip(parts[i], parts[j], strict=True))}
+    found = list(_near_in_all(parts, 0.7))
+    assert set(found) == right and len(found) == len(right) and 10 < len(right) < 1000
+
+
+def test_a_split_without_evaluation_leaves_no_older_one() -> None:
+    source = {"data": write("a.jsonl", [{"prompt": f"Say {word}", "completion": word} for word in WORDS])}
+    made(source, split={"train": 0.75, "eval": 0.25})
+    assert lines("out/eval.jsonl")
+    Path("out/report.json").unlink()
+    made(source, split={"train": 1.0, "eval": 0.0})
+    assert len(lines()) == 9 and not Path("out/eval.jsonl").exists()

@@ -205,3 +205,19 @@ def test_a_failed_request_for_instructions_is_reported() -> None:
     assert made.report["generate"]["failed"] == {}
     assert made.report["generate"]["dropped"]["request for instructions without an answer"] == 1
     assert made.report["train"] == 9
+
+
+def test_a_batch_without_any_answer_does_not_end_the_inventing() -> None:
+    """16 requests fail in the second batch, and 20 of 400 may."""
+
+    def requests() -> int:
+        return sum(count for prompt, count in server.asked.items() if prompt.startswith("Come up"))
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        bad = prompt_of(body).startswith("Come up") and 16 < requests() <= 32
+        return Reply(500, b"") if bad else writer(body, before)
+
+    with serving(script) as server:
+        made = invented(server.url, {"count": 120, "requests": 400, "rouge": 0.9}, retries=0, concurrency=1)
+    assert made.report["generate"]["dropped"]["request for instructions without an answer"] == 16
+    assert requests() > 32

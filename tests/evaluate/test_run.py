@@ -213,6 +213,22 @@ def test_labels_of_rows_longer_than_the_context(
         examine(model, tokenizer, rows, slots, ["soft"], ["accuracy"], truncate=True)
 
 
+def test_a_word_that_is_longer_behind_another_prompt_has_room_too(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Behind a blank it is read without its own: 'negative' may be one token after a word, and two there."""
+    words = {0: "bad", 1: "good"}
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (" bad", "bad", " good", "good")]
+    assert max(map(len, ids[1::2])) > max(map(len, ids[::2]))
+    template = Template.from_dict({"kind": "plain", "templates": ["{text}"], "verbalizer": words})
+    texts = [("a cat", 0), ("red house sat " * 9, 1)]
+    rows = rows_of(tmp_path, [{"text": text, "label": label} for text, label in texts])
+    model = speaking("gpt2", n_positions=24)
+    assert set(examine(model, tokenizer, rows, template, metrics=["accuracy"], truncate=True).answers["base"]) <= set(
+        words.values()
+    )
+
+
 def test_progress_counts_every_row_of_every_entry(tokenizer: PreTrainedTokenizerBase, prompts: list[Row]) -> None:
     model = adapted(speaking("llama"), a=graft.LoRA())
     told: list[tuple[str, int, int]] = []

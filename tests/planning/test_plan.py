@@ -25,7 +25,7 @@ from graft.planning import devices, gate, model, probe
 from graft.planning.command import plan as verb
 from graft.planning.memory import Memory, answering, bytes_of
 from graft.planning.picture import draw, table, verdict
-from graft.planning.plan import _changes, _kinds, _Needs, _needs, _notes, _price, plan
+from graft.planning.plan import _changes, _kinds, _Needs, _needs, _notes, _price, _with, plan
 from graft.planning.probe import peak
 from graft.train.config import Run, make_run, settings_of
 from graft.train.run import train
@@ -284,6 +284,31 @@ def test_batches_of_evaluation_are_offered_where_they_are_what_does_not_fit() ->
     assert changes_of(without, needed, 50) == []  # packs have no rows to take fewer of
 
 
+def test_where_steps_fit_only_the_evaluation_is_changed() -> None:
+    run = made_up(train={"batch_size": 6}, data={"train": "made up", "eval": 0.1}, precision="nf4")
+
+    def needs(of: Run) -> _Needs:
+        step, evaluation = Memory(weights=10), Memory(weights=40 * (of.train.eval_batch_size or of.train.batch_size))
+        return _Needs(step, evaluation, None, 8, 64, 1, 1, 64)
+
+    where = devices.Device("x", 100, False, True)
+    assert next(_changes(run, needs(run), needs, where)).settings == {"train.eval_batch_size": 2}
+
+
+def test_a_price_says_how_many_steps_there_are() -> None:
+    """10 rows in 4 epochs: 8 steps of at most 8 rows, and 12 batches of at most 4, 6 steps of two of them."""
+    run = settings_of(
+        {"base": "embedded", "data": {"train": "made up"}, "output": "none", "train": {"batch_size": 8, "epochs": 4}},
+        [],
+    )
+    data = replace(model.made_up(run, "causal", 4), train=model.made_up(run, "causal", 4).train[:1] * 10)
+    given = model.Given(config=base.load_config("embedded"), tokenizer=None, data=data)
+    smaller = {"train.batch_size": 4, "train.accumulate": 2}
+    now, found = (_needs(each, given, devices.room("24GB"), answers=False) for each in (run, _with(run, smaller)))
+    assert (now.steps, found.steps) == (8, 6)
+    assert _price(smaller, found, now) == "6 steps in place of 8, in more and smaller batches"
+
+
 def test_the_price_of_checkpointing_does_not_go_by_the_lengths_of_rows(tmp_path: Path) -> None:
     """One long row among short ones, end to end: a smaller batch has the same work for each token."""
     file, words = tmp_path / "rows.jsonl", " a dog runs away and" * 20
@@ -348,7 +373,7 @@ def test_an_evaluation_that_needs_more_than_training_is_the_peak(
     monkeypatch.setattr(devices, "available", lambda: between)
     tight = plan(run, changes=0)
     assert not tight.fits and "does not fit" in verdict(tight)
-    with pytest.raises(ConfigError, match="eval_batch_size=" if packing else "it would with train.batch_size="):
+    with pytest.raises(ConfigError, match=r"it would with train\.eval_batch_size="):
         train(run, console=Console(quiet=True))
 
 

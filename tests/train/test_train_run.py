@@ -425,9 +425,9 @@ def test_one_gpu_of_several(settings: Settings, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("device", [None, "cpu", "cuda", "cuda:0"])
 def test_the_first_gpu_is_taken(device: str | None) -> None:
-    running._check_gpu(device)
+    running.check_gpu(device)
 
 
 def test_another_gpu_than_the_first_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^device: cuda:1: .*CUDA_VISIBLE_DEVICES=1 before"):
-        running._check_gpu("cuda:1")
+        running.check_gpu("cuda:1")

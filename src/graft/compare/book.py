@@ -106,7 +106,7 @@ class Book:
         rows = chosen.rows
         for row in rows:
             for key in ("machine", "versions"):
-                self.found[key] |= {name: each for name, each in (row.get(key) or {}).items() if name != "host"}
+                self.found[key] |= row.get(key) or {}
             if "machine" in row:
                 self.made.add(json.dumps([row["machine"], row["versions"]], sort_keys=True))
         if len(self.made) > 1 and MIXED not in self.found["notes"]:

@@ -12,6 +12,7 @@ chosen by a test set, the last one counts; and calibrated scores stand beside pl
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -42,7 +43,7 @@ from graft.evaluate.shots import draw, fitting, with_shots
 from graft.files import load
 from graft.planning.gate import check_room
 from graft.train.config import Run, make_run
-from graft.train.run import Interrupted, train
+from graft.train.run import Interrupted, check_gpu, train
 from graft.train.setup import Opened, read_data
 
 
@@ -76,6 +77,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
         Interrupted: a training was stopped; the same call goes on.
     """
     console, folder = console or Console(), Path(folder).expanduser()
+    check_gpu(settings.device)
     sets = _sets(settings)
     (folder / "results").mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
@@ -83,7 +85,7 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
     first: GraftError | None = None
     for base in settings.bases:
         tokenizer = load_tokenizer(base)
-        model, unfit = None, dict[str, ConfigError]()
+        model, unfit = None, dict[tuple[str, int, int], GraftError]()
         for pattern, seed, approach in _units(settings, sets):
             file = folder / "results" / f"{_file_name(settings, sets, base, approach, pattern, seed)}.json"
             if file.is_file():
@@ -96,8 +98,8 @@ def run_matrix(settings: MatrixSettings, folder: str | Path, console: Console | 
             started = time.perf_counter()
             unit = {"base": name_of(base), "approach": approach, "pattern": pattern, "seed": seed}
             try:
-                if approach in unfit:
-                    raise unfit[approach]
+                if (approach, pattern, seed) in unfit:
+                    raise unfit[approach, pattern, seed]
                 found = _measure(settings, sets, base, model, tokenizer, unit, folder / "runs" / file.stem)
             except Interrupted:
                 raise
@@ -200,19 +202,43 @@ def _train(run: Run, model: Any, tokenizer: Any) -> None:
         model.zero_grad()  # of a full fine-tuning that failed
 
 
-def _unfit(settings: MatrixSettings, sets: _Sets, base: str, tokenizer: Any, folder: Path) -> dict[str, ConfigError]:
-    """By method why its training does not fit; asked before the base takes its part of the memory."""
-    config, template = load_config(base), one_pattern(sets.template, sets.patterns[0]).fit(sets.pool, tokenizer)
-    drawn, found = draw(sets.pool, settings.shots, 0, balanced=settings.balanced), dict[str, ConfigError]()
-    for approach in settings.methods:
+def _unfit(
+    settings: MatrixSettings, sets: _Sets, base: str, tokenizer: Any, folder: Path
+) -> dict[tuple[str, int, int], GraftError]:
+    """Which trainings (method, pattern, seed) do not fit, and why; asked before the base takes its part of memory."""
+    seeds, config = range(settings.seeds), load_config(base)
+    try:
+        templates = {
+            pattern: one_pattern(sets.template, pattern).fit(sets.pool, tokenizer) for pattern in sets.patterns
+        }
+        drawn = [draw(sets.pool, settings.shots, seed, balanced=settings.balanced) for seed in seeds]
+        lengths = {
+            (pattern, seed): [len(example) for example in template.examples(drawn[seed], tokenizer)]
+            for pattern, template in templates.items()
+            for seed in seeds
+        }
+    except GraftError:  # each of them says it of its own
+        return {}
+
+    @functools.cache
+    def why(approach: str, pattern: int, seed: int) -> GraftError | None:
+        unit = {"approach": approach, "seed": seed}
         try:
-            run = _run(settings, base, template, drawn, {"approach": approach, "seed": 0}, folder / "asked")
+            run = _run(settings, base, templates[pattern], drawn[seed], unit, folder / "asked")
             data = read_data(run, tokenizer, config)
             check_room(run, config, tokenizer, data, force=False, console=Console(quiet=True))
         except ConfigError as error:
-            found[approach] = ConfigError(str(error).removesuffix("; or --force tries it all the same"))
-        except DataError:  # of these rows; each training says it of its own
-            continue
+            return ConfigError(str(error).removesuffix("; or --force tries it all the same"))
+        except DataError:  # of these rows; the training says it
+            pass
+        return None
+
+    found: dict[tuple[str, int, int], GraftError] = {}
+    heaviest = {max(lengths, key=lambda unit: max(lengths[unit])), max(lengths, key=lambda unit: sum(lengths[unit]))}
+    for approach in settings.methods:
+        if any(why(approach, *unit) for unit in heaviest):
+            said = {(approach, *unit): why(approach, *unit) for unit in lengths}
+            found |= {unit: error for unit, error in said.items() if error is not None}
     (folder / "asked.jsonl").unlink(missing_ok=True)
     return found
 

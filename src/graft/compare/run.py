@@ -185,6 +185,6 @@ def _icl(settings: Compare) -> Icl:
 
 def _forget_bad(folder: Path) -> None:
     for file in folder.glob(f"{RUNS}/*/*/{ROW}"):
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # `read_row` says it
             if json.loads(file.read_text(encoding="utf-8"))["status"] != "ok":
                 shutil.rmtree(file.parent)

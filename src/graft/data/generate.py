@@ -26,6 +26,8 @@ from graft.errors import DataError, GraftError
 Progress = Callable[[str, int, int], None]
 LONGEST_BACKOFF = 60.0
 FEW = 8
+PATIENT = 10
+"""Times the tries that count, after which a prompt is given up though the endpoint only asked to wait."""
 """So many failures without any answer show that the endpoint answers nothing (more, if more requests go at a time)."""
 REFUSAL_SPAN = 200
 
@@ -255,9 +257,10 @@ class Run:
     async def _job(self, job: Job, endpoint: Endpoint) -> None:
         """Try until it is answered or the tries are used up.
 
-        An endpoint that says when to come back, and answered others meanwhile, is busy: that counts as no try.
+        An endpoint that says when to come back, and answered others meanwhile, is busy: that counts as no try. All
+        wait then, but not for ever the same prompt's sake: it may be the one that the endpoint cannot take.
         """
-        counted, others = 0, self.answered
+        counted, others, most = 0, self.answered, self.settings.retries + 1
         for tries in itertools.count(1):
             try:
                 line = await self._try(job, endpoint, tries)
@@ -266,10 +269,10 @@ class Run:
                     return
                 counted += again.wait is None or self.answered == others
                 others = self.answered
-                if again.final or counted > self.settings.retries:
+                if again.final or counted >= most or tries >= PATIENT * most:
                     self.failed[job.key] = again.why
                     break
-                await self._back_off(max(0, counted - 1), again.wait)
+                await self._back_off(max(0, counted - 1), again.wait, hold=tries <= most)
                 if self._ended():
                     return
             else:
@@ -313,16 +316,17 @@ class Run:
             self.journal.add({"charged": again.why, "cost": spent, "time": _now()})
         return spent
 
-    async def _back_off(self, attempt: int, wait: float | None) -> None:
+    async def _back_off(self, attempt: int, wait: float | None, hold: bool) -> None:
         """Twice as long after each try, by chance up to half less, so that not all come back at once.
 
-        What the endpoint asks to wait comes before that, and holds for all.
+        What the endpoint asks to wait comes before that; `hold`: for all.
         """
         longest = min(LONGEST_BACKOFF, self.settings.backoff * 2.0**attempt)
         until = time.monotonic() + longest * random.uniform(0.5, 1.0)
         if wait is not None:
-            self.pace.hold(time.monotonic() + wait)
             until += wait
+            if hold:
+                self.pace.hold(time.monotonic() + wait)
         while not self._ended() and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 1.0))
 

@@ -56,7 +56,7 @@ class Manner(NamedTuple):
     """What decides, beside a row's question and answer, what is asked of it."""
 
     how: str = ""
-    """The templates, the words for labels, the system message and the adapter."""
+    """The templates, the words for labels, the teacher's prompt, the system message and the adapter."""
     shown: tuple[str, ...] = ()
     """The columns that the templates show."""
 
@@ -73,7 +73,8 @@ def manners(source: SourceSettings, rows: Sequence[Row], recipe: Recipe) -> list
     for row in rows:
         system: list[str | None] = [turn.content for turn in row.messages if turn.role == "system"]
         shown = tuple(str(row.fields.get(name, "")) for name in names)
-        found.append(Manner(json.dumps([texts, words, system or [source.system], row.adapter]), shown))
+        how = [texts, words, names, teacher, system or [source.system], row.adapter]
+        found.append(Manner(json.dumps(how), shown))
     return found
 
 
@@ -247,7 +248,8 @@ def _free_row(source: SourceSettings, number: int, fields: dict[str, Any]) -> Ro
         fill(text, row)
     prompts = [each if isinstance(each, str) else each.prompt for each in templates]
     answers = [fill(each.completion, row) for each in templates if isinstance(each, PromptTemplate)]
-    asked = _known({str(fields[name]) for name in _columns(texts)}, fields)
+    shown, prompted = ({str(fields[name]) for name in _columns(each)} for each in (texts, prompts))
+    asked = _known(shown, prompted, fields)
     asked = asked or "\n".join(str(fields[name]) for name in _columns(prompts))
     return dataclasses.replace(row, prompt=asked, completion="\x1f".join(dict.fromkeys(answers)))
 
@@ -266,12 +268,21 @@ QUESTIONS = {"prompt": None, "instruction": "context", "premise": "hypothesis", 
 """Columns that ask, the first that is there, and what each has beside it: as `load_rows` reads them."""
 
 
-def _known(shown: set[str], fields: Mapping[str, Any]) -> str:
-    """The question of a test set's kind, as far as templates show it: of a text and its aspect only the text."""
+def _known(shown: set[str], prompted: set[str], fields: Mapping[str, Any]) -> str:
+    """The question of a test set's kind, as far as templates show it: of a text and its aspect only the text.
+
+    An instruction with anything else beside it may be the same for all rows, and is then no question by itself.
+
+    Args:
+        shown: values of the columns that the templates show.
+        prompted: of those that their prompts show.
+    """
     for name, beside in QUESTIONS.items():
         if fields.get(name) and str(fields[name]) in shown:
             parts = [str(fields[each]) for each in (name, beside) if each and fields.get(each)]
-            return "\n".join(part for part in parts if part in shown)
+            asked = [part for part in parts if part in shown]
+            if name in ("premise", "text") or prompted <= set(asked):
+                return "\n".join(asked)
     return ""
 
 

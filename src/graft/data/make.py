@@ -98,16 +98,19 @@ def make(
                 parts, made = None, generate(mixed.items, recipe.generate, journal, progress=progress)
                 made.dropped.update(left_out)
         if not made.items:
-            why = ", ".join(f"{count} {each}" for each, count in made.dropped.most_common())
+            lost = made.dropped + Counter(f"without an answer ({why})" for why in made.failed.values())
+            why = ", ".join(f"{count} {each}" for each, count in lost.most_common())
             raise DataError(
-                f"no rows are left to write: all answers were left out ({why}); journal.jsonl has them, and "
-                "keep_cut, refusals and duplicates of generate may be changed"
+                f"no rows are left to write: {why}; journal.jsonl has the answers, and keep_cut, refusals and "
+                "duplicates of generate may be changed"
             )
         train, evaluation, groups = parts or split(made.items, recipe.split, recipe.near, recipe.seed)
         report = made_report(recipe, mixed.pool, mixed.taken, made, (train, evaluation, groups), inputs)
         _write(folder / "train.jsonl", train, recipe.form)
         if recipe.split.eval:
             _write(folder / "eval.jsonl", evaluation, recipe.form)
+        else:  # an earlier start's, whose rows are for training now
+            (folder / "eval.jsonl").unlink(missing_ok=True)
         write_text(folder / REPORT, _json(report))
     return Made(folder, report, False)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations, product
 from typing import Any
 
 from graft.data.items import Item, Manner, question
@@ -52,16 +53,31 @@ def _nearly(rows: Sequence[Row], manners: Sequence[Manner], numbers: Sequence[in
     found: dict[int, int] = {}
     for (_, label), members in classes.items():
         texts = [question(rows[n]) + ("" if label is not None else f"\n{rows[n].answer}") for n in members]
+        parts = [tuple(map(normalised, (text, *manners[n].shown))) for text, n in zip(texts, members, strict=True)]
         earlier: dict[int, list[int]] = defaultdict(list)
-        for i, j in near_pairs([normalised(text) for text in texts], threshold):
-            shown = zip(manners[members[i]].shown, manners[members[j]].shown, strict=True)
-            if all(jaccard(one, other) >= threshold for one, other in shown):
-                earlier[members[j]].append(members[i])
+        for i, j in _near_in_all(parts, threshold):
+            earlier[members[j]].append(members[i])
         for number in members:
             kept = [other for other in sorted(earlier[number]) if other not in found]
             if kept:
                 found[number] = kept[0]
     return found
+
+
+def _near_in_all(parts: Sequence[tuple[str, ...]], threshold: float) -> Iterator[tuple[int, int]]:
+    """Every pair (i, j), i < j, whose normalised parts are all nearly equal, part by part."""
+    # Pairs are looked for by the part that tells most rows apart, so that few are left to compare in the others.
+    by = max(range(len(parts[0])), key=lambda part: len({each[part] for each in parts}))
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, each in enumerate(parts):
+        places[each[by]].append(place)
+    texts = list(places)
+    alike = (product(places[texts[i]], places[texts[j]]) for i, j in near_pairs(texts, threshold))
+    equal = (combinations(found, 2) for found in places.values())
+    for one, other in chain.from_iterable(chain(alike, equal)):
+        both = zip(parts[one], parts[other], strict=True)
+        if all(a == b or k == by or jaccard(a, b) >= threshold for k, (a, b) in enumerate(both)):
+            yield min(one, other), max(one, other)
 
 
 def contaminated(texts: Sequence[Sequence[str]], questions: Sequence[str], threshold: float | None) -> set[int]:

@@ -229,7 +229,7 @@ def _form(lead: str | None, record: Record, mapped: Mapping[str, str]) -> str | 
 def _uses(form: str, lead: str | None) -> tuple[str, ...]:
     texts = ("premise", "hypothesis") if lead == "premise" else ("text",)
     return {
-        "chat": ("messages", "adapter"),
+        "chat": ("messages", "references", "adapter"),
         "prompt": ("prompt", "completion", "references", "adapter"),
         "instruction": ("instruction", "context", "completion", "references", "adapter"),
         "label": (*texts, "label", "adapter"),
@@ -255,7 +255,8 @@ def _row(record: Record, layout: _Layout, source: str, number: int, adapter: str
     parts["fields"] = {**record, **{name: value for name, value in values.items() if name != "messages"}}
     if layout.form == "chat":
         messages = _messages(values["messages"], where)
-        parts |= {"messages": messages, "completion": messages[-1].content}
+        said = {"completion": messages[-1].content, "references": values.get("references")}
+        parts |= {"messages": messages, "completion": said["completion"], "references": _answers(said, names, where)[1]}
     elif layout.form in ("prompt", "instruction"):
         parts["prompt"] = _string(values[layout.form], names[layout.form], where)
         context = values.get("context")

@@ -80,7 +80,8 @@ def invent(
                     pool.add(text)
                     fields = {"prompt": text, "seeds": [row.index for row in examples]}
                     rows.append(Row(form="prompt", index=len(rows) + 1, source=source.data, prompt=text, fields=fields))
-        if len(rows) in (before, settings.count):
+        answered = any(job.key in journal.answers for job in jobs)
+        if len(rows) == settings.count or (answered and len(rows) == before):
             break
     dropped["request for instructions without an answer"] = len(run.failed)
     dropped = +dropped

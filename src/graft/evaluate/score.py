@@ -129,14 +129,16 @@ def choose_words(
     # An entry with fewer words scores its last one again, which changes nothing.
     words = [[list(each.items())[min(k, len(each) - 1)] for each in choices.values()] for k in range(most)]
     limit = context_of(model, tokenizer) if cut and mode == "causal" else None
+    room = None
     if limit is not None:
-        first = [_examples_of(rows[:1], templates, [label for _, label in word_of], tokenizer)[0] for word_of in words]
-        limit = max(1, limit - max(len(example) - _start(example) for each in first for example in each))
+        asked = ([label for _, label in word_of] for word_of in words)
+        room = _room(limit, [_examples_of(rows, templates, labels, tokenizer) for labels in asked])
     settings: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "cut": cut and mode != "causal"}
     for word_of in words:
         examples = _examples_of(rows, templates, [label for _, label in word_of], tokenizer)
-        if limit is not None:
-            examples = [_shortened(row, entries, limit, begin_ids(tokenizer)) for row in examples]
+        if room is not None:
+            begin = begin_ids(tokenizer)
+            examples = [_shortened(row, entries, left, begin) for row, left in zip(examples, room, strict=True)]
         scored = losses(model, tokenizer, examples, entries, progress=progress, **settings)
         for i, per_row in enumerate(scored):
             for number, loss in enumerate(per_row):
@@ -175,6 +177,12 @@ def _examples_of(
         for template, label in zip(templates, labels, strict=True)
     ]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _room(limit: int, made: Sequence[Sequence[Sequence[Example]]]) -> list[int]:
+    """Of each row how many tokens its prompt may have beside the longest word; `made`: by word, row and template."""
+    longest = (max(len(each) - _start(each) for row in of_row for each in row) for of_row in zip(*made, strict=True))
+    return [max(1, limit - answer) for answer in longest]
 
 
 def _start(example: Example) -> int:

@@ -21,7 +21,7 @@ from graft.planning.model import QUANTIZED, Given, batches, config_of, made_up, 
 from graft.planning.probe import Probe
 from graft.train.config import Run, make_run
 from graft.train.guards import checkpointing
-from graft.train.setup import read_data
+from graft.train.setup import read_data, schedule_of
 
 MARGIN = 0.95
 """Of the room: what is predicted above this is said not to fit."""
@@ -99,6 +99,8 @@ class _Needs:
     arithmetic: int
     evaluated: tuple[int, int] = (0, 0)
     """Rows and positions of evaluation's heaviest batch."""
+    steps: int = 0
+    """Of the optimizer, in the whole run."""
 
     @property
     def need(self) -> int:
@@ -200,6 +202,7 @@ def _needs(run: Run, given: Given, where: Device, *, answers: bool) -> _Needs:
         trainable=counts.trainable,
         arithmetic=arithmetic,
         evaluated=(0, 0) if evaluated is None else _size(evaluated, mode),
+        steps=schedule_of(run, data).steps,
     )
 
 
@@ -227,7 +230,7 @@ def _changes(run: Run, now: _Needs, needs: Any, where: Device) -> Iterator[Chang
             return None
         return Change(settings=settings, total=found.need, price=_price(settings, found, now))
 
-    whole, smaller = _batches(run)
+    whole, smaller = _batches(run, now.memory.total <= where.room * MARGIN)
     for kind in _kinds(run, where):
         change = next(filter(None, (tried(kind | each) for each in whole if kind or each)), None)
         change = change or _first([kind | each for each in smaller], tried)
@@ -254,13 +257,14 @@ def _kinds(run: Run, where: Device) -> Iterator[dict[str, Any]]:
             yield precision | kept
 
 
-def _batches(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _batches(run: Run, trains: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The run's own batches of training, and smaller ones that make the same steps, each of them less than the last.
 
     The first of these may need more than the run's own: with several in a step all gradients stand beside a forward.
+    `trains`: a step fits as it is, so that only an evaluation may be what does not.
     """
     rows, accumulate, evaluated = run.train.batch_size, run.train.accumulate, run.train.eval_batch_size
-    if run.data.packing:  # a batch is one pack; only an evaluation has rows
+    if run.data.packing or trains:  # a batch of packs is one pack; only an evaluation has rows
         most = (evaluated or rows) if run.data.eval is not None else 1
         return [{}], [{"train.eval_batch_size": size} for size in _divisors(most)]
     whole: list[dict[str, Any]] = [{}]
@@ -296,7 +300,8 @@ def _price(settings: dict[str, Any], found: _Needs, now: _Needs) -> str:
         share = found.arithmetic / max(1, found.tokens) / (now.arithmetic / max(1, now.tokens)) - 1
         parts.append(f"{share:.0%} more arithmetic")
     if "train.batch_size" in settings:
-        parts.append("the same steps in more and smaller batches")
+        steps = "the same steps" if found.steps == now.steps else f"{found.steps} steps in place of {now.steps},"
+        parts.append(f"{steps} in more and smaller batches")
     elif "train.eval_batch_size" in settings:
         parts.append("evaluation in smaller batches")
     if settings.get("precision") == "bf16":

@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where a run was: times of two machines are not comparable."""
-    found = {"host": platform.node(), "device": str(device), "threads": torch.get_num_threads()}
+    found = {"device": str(device), "threads": torch.get_num_threads()}
     return found | {"processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()}
 
 

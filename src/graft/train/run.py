@@ -121,7 +121,7 @@ def _train(
     tokenizer = base.load_tokenizer(run.base)
     check_settings(run, tokenizer, config)
     autocast = _autocast(run)
-    _check_gpu(run.device)
+    check_gpu(run.device)
     data = read_data(run, tokenizer, config) if opened is None else opened.data
     resumed = begun(folder, data)
     if not resumed:
@@ -182,7 +182,7 @@ def _autocast(run: Run) -> torch.dtype | None:
     return torch.bfloat16 if run.train.compute == "bf16" else None
 
 
-def _check_gpu(device: str | None) -> None:
+def check_gpu(device: str | None) -> None:
     """Refuse a GPU that is not the first: Trainer would move the model there.
 
     Raises:
