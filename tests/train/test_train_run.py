@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+import graft
 from graft import base, files
 from graft.bank import bank_of
 from graft.data.encode import IGNORED
@@ -29,7 +30,8 @@ from graft.train import run as running
 from graft.train import state
 from graft.train.config import Run, load_run
 from graft.train.run import Result, data_report, train
-from graft.train.setup import read_data, schedule_of
+from graft.train.trainer import GraftTrainer
+from tiny import tiny
 
 Settings = Callable[..., Run]
 
@@ -413,14 +415,32 @@ def test_result_is_frozen_and_plain_yaml(settings: Settings) -> None:
         run.seed = 3  # type: ignore[misc]
 
 
-def test_one_gpu_of_several(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer counts the GPUs when it sets its device up; here two, whatever this machine has."""
-    setup = functools.cached_property(lambda arguments: setattr(arguments, "_n_gpu", 2) or torch.device("cpu"))
+    plain = transformers.TrainingArguments._setup_devices.func
+
+    def two(arguments: Any) -> torch.device:
+        found = plain(arguments)
+        arguments._n_gpu = 2
+        return found
+
+    setup = functools.cached_property(two)
     setup.__set_name__(transformers.TrainingArguments, "_setup_devices")
     monkeypatch.setattr(transformers.TrainingArguments, "_setup_devices", setup)
-    run = settings()
-    schedule = schedule_of(run, read_data(run, base.load_tokenizer(run.base), base.load_config(run.base)))
-    assert running._arguments(run, tmp_path, schedule, torch.device("cpu"), evaluates=False).n_gpu == 1
+    model = tiny("llama")
+    graft.attach(model, graft.LoRA())
+    trainer = GraftTrainer(model, transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert trainer.args.n_gpu == 1
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_fp32_computing_on_another_base_is_refused(
+    precision: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.base.computes_bf16", lambda device: True)
+    with pytest.raises(ConfigError, match=rf"^train\.compute: the base is in {precision} here, not in fp32"):
+        running._autocast(settings(precision=precision, train={"compute": "fp32"}))
+    assert running._autocast(settings(precision="fp32", train={"compute": "fp32"})) is None
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "cuda", "cuda:0"])
@@ -431,3 +451,9 @@ def test_the_first_gpu_is_taken(device: str | None) -> None:
 def test_another_gpu_than_the_first_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^device: cuda:1: .*CUDA_VISIBLE_DEVICES=1 before"):
         running.check_gpu("cuda:1")
+
+
+def test_several_processes_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE: it trains in one process"):
+        quiet(settings())

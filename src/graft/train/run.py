@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def _train(
     check_settings(run, tokenizer, config)
     autocast = _autocast(run)
     check_gpu(run.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: it trains in one process; start it without torchrun or accelerate launch")
     data = read_data(run, tokenizer, config) if opened is None else opened.data
     resumed = begun(folder, data)
     if not resumed:
@@ -179,6 +182,9 @@ def _autocast(run: Run) -> torch.dtype | None:
     asked = "train.compute" if run.train.compute == "bf16" else "precision" if run.precision == "bf16" else None
     if asked and not base.computes_bf16(where):
         raise ConfigError(f"{asked}: {where} does not compute in bf16; use fp32 or auto")
+    whole = run.precision == "fp32" or (run.precision == "auto" and not base.computes_bf16(where))
+    if run.train.compute == "fp32" and not whole:
+        raise ConfigError(f"train.compute: the base is in {run.precision} here, not in fp32; say precision: fp32")
     return torch.bfloat16 if run.train.compute == "bf16" else None
 
 
@@ -198,7 +204,7 @@ def check_gpu(device: str | None) -> None:
 def _arguments(run: Run, folder: Path, schedule: Schedule, device: torch.device, evaluates: bool) -> TrainingArguments:
     settings = run.train
     eval_every = settings.eval_every or schedule.steps_per_epoch
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=schedule.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -223,8 +229,6 @@ def _arguments(run: Run, folder: Path, schedule: Schedule, device: torch.device,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer copies the model to each GPU, away from its routes
-    return arguments
 
 
 def _trainer(

@@ -74,6 +74,7 @@ class GraftTrainer(RoutedTrainer):
     ) -> None:
         bank_of(model)
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="tmp_trainer", report_to="none")
+        args._n_gpu = min(1, args.n_gpu)  # else Trainer copies the model to each GPU, away from its routes
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here, never smoothed away
         self.template, self.schedule, self.autocast = template, schedule, autocast
         use_cache = getattr(model.config, "use_cache", None)
