@@ -217,14 +217,20 @@ def animals(count: int) -> None:
     Path("animals.jsonl").write_text("".join(json.dumps({"name": f"ant {n}"}) + "\n" for n in range(count)))
 
 
-def test_a_bad_first_prompt_or_a_few_that_stay_bad_do_not_end_the_command() -> None:
-    animals(50)
+def first_bad(count: int) -> tuple[set[str], Script]:
+    """The first prompts that are asked, and a script that never answers them."""
     bad: set[str] = set()
 
     def script(body: dict[str, Any], before: int) -> Reply:
-        bad.update([prompt_of(body)] if len(bad) < 2 else [])
+        bad.update([prompt_of(body)] if len(bad) < count else [])
         return answer(None) if prompt_of(body) in bad else describe(body, before)
 
+    return bad, script
+
+
+def test_a_bad_first_prompt_or_a_few_that_stay_bad_do_not_end_the_command() -> None:
+    animals(50)
+    bad, script = first_bad(2)
     with serving(script) as server:
         made = make(recipe(server.url, {"concurrency": 1, "retries": 0}))
         assert made.report["train"] == 48
@@ -235,12 +241,7 @@ def test_a_bad_first_prompt_or_a_few_that_stay_bad_do_not_end_the_command() -> N
 
 def test_the_next_start_asks_first_what_did_not_fail_before() -> None:
     animals(40)
-    bad: set[str] = set()
-
-    def script(body: dict[str, Any], before: int) -> Reply:
-        bad.update([prompt_of(body)] if len(bad) < 10 else [])
-        return answer(None) if prompt_of(body) in bad else describe(body, before)
-
+    _, script = first_bad(10)
     given = {"concurrency": 1, "retries": 0, "max_failed": 0.3}
     with serving(script) as server:
         with pytest.raises(DataError, match="none of the first 8"):
