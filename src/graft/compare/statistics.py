@@ -20,6 +20,8 @@ CONSTANT = 1e-12
 CANNOT = "without variance over the seeds no test can tell"
 NAMED, SETS = 8, 6
 """How many methods of a set, and how many sets that do not differ, the sentences name; the fields have all."""
+POWER, SEEDS = 0.8, 100
+"""The chance at which a number of seeds is said to tell two groups apart, and the most that is looked for."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Verdict:
             cost is known.
         same_as_best: those that the corrected tests do not tell from the best, without it, best first.
         undecided: those of them that the test of the pair alone does tell from it, or that no test can.
+        seeds: how many seeds of each would tell one of these from the best, by `seeds_to_tell`.
         worse: those that differ from it. untested: those that could not be tested against it.
         ties: the largest sets within which no two groups differ or are undecided, best first; from two groups on.
         pairs: every pair.
@@ -90,6 +93,7 @@ class Verdict:
     cheapest: str | None
     same_as_best: list[str]
     undecided: list[str]
+    seeds: dict[str, int | None]
     worse: list[str]
     untested: list[str]
     ties: list[list[str]]
@@ -149,6 +153,33 @@ def welch(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Welch 
     t = difference / error
     half = float(stats.t.ppf((1 + level) / 2, df)) * error
     return Welch(difference, difference - half, difference + half, t, df, float(2 * stats.t.sf(abs(t), df)))
+
+
+def seeds_to_tell(a: Sequence[float], b: Sequence[float], level: float = 0.05, power: float = POWER) -> int | None:
+    """How many seeds of each group Welch's test needs to tell them apart, if their true means and variances are those of
+    the values that are there (noncentral t); None where more than `SEEDS` would be needed or none would do.
+
+    Args:
+        a, b: one number a seed, two or more of each.
+        level: of the test; of one of several, what its correction leaves of it.
+        power: the chance that the test then tells them apart.
+
+    Raises:
+        DataError: a value is not finite.
+    """
+    from scipy import stats
+
+    (mean_a, variance_a), (mean_b, variance_b) = _moments(a), _moments(b)
+    both = variance_a + variance_b
+    if both == 0 or mean_a == mean_b:
+        return None
+    share_a = variance_a / both
+    for count in range(2, SEEDS + 1):
+        df = (count - 1) / (share_a**2 + (1 - share_a) ** 2)
+        shift = abs(mean_a - mean_b) / math.sqrt(both / count)
+        if stats.nct.sf(stats.t.isf(level / 2, df), df, shift) >= power:
+            return count
+    return None
 
 
 def pairs(groups: Mapping[str, Sequence[float]], level: float = 0.05, fixed: Collection[str] = ()) -> list[Pair]:
@@ -212,7 +243,7 @@ def verdict(
     out = _left_out_line(left_out)
     if not ranked:
         why = "no entry came to its end with every seed" if out else "no run has a value"
-        return Verdict([f"Nothing to compare: {why}.", *out], None, None, [], [], [], [], [], [])
+        return Verdict([f"Nothing to compare: {why}.", *out], None, None, [], [], {}, [], [], [], [])
     best, others = ranked[0], ranked[1:]
     by_names = {frozenset((pair.a, pair.b)): pair for pair in tested}
     against = {name: by_names[frozenset((best, name))] for name in others}
@@ -223,6 +254,8 @@ def verdict(
     priced = [name for name in (best, *same) if costs.get(name) is not None and name not in undecided]
     cheapest = min(priced, key=lambda name: costs[name] or 0.0, default=None)
     ties = _ties(ranked, tested)
+    share = level / max(1, sum(pair.test is not None for pair in tested))
+    seeds = {name: seeds_to_tell(groups[best], groups[name], share) for name in same if _varies(against[name])}
     lines = [f"Best by {quality}: {best} ({quality} {_number(means[best])}, {_seeds(len(groups[best]))}).", *out]
     if not others:
         which = "that is left" if out else "with a value"
@@ -231,16 +264,17 @@ def verdict(
         lines.append(f"It differs from {_all(worse)}.")
     if tied := [name for name in same if name not in undecided]:
         lines.append(_same_line(best, tied, against))
-        lines.extend([] if cheapest is None else [_cheapest_line(best, cheapest, costs, cost)])
+        lines.extend([] if cheapest is None else [_cheapest_line(best, cheapest, costs, cost, quality, means)])
     for words, tells in ((CANNOT, False), ("more seeds would tell", True)):
         if some := [name for name in undecided if (against[name].test is not None) == tells]:
             lines.append(f"Undecided against {best}, {words}: {_list(some)}.")
+    lines.extend(_seeds_line(best, seeds))
     if worse and (same or untested):
         lines.append(f"Worse than {best}: {_list(worse)}.")
     if untested:
         lines.append(f"No test against {best}, which takes two seeds of both: {_list(untested)}.")
     lines.extend([*_tie_lines([tie for tie in ties if not {best, *same}.issuperset(tie)]), *_how(tested, level)])
-    return Verdict(lines, best, cheapest, same, undecided, worse, untested, ties, tested)
+    return Verdict(lines, best, cheapest, same, undecided, seeds, worse, untested, ties, tested)
 
 
 # -------------------------------------------------------------------------------------------------- sentences
@@ -266,12 +300,28 @@ def _same_line(best: str, same: list[str], against: Mapping[str, Pair]) -> str:
     return f"{_list(same)} {verb} from {best} by more than the seeds do{room}."
 
 
-def _cheapest_line(best: str, cheapest: str, costs: Mapping[str, float | None], cost: str) -> str:
+def _cheapest_line(
+    best: str,
+    cheapest: str,
+    costs: Mapping[str, float | None],
+    cost: str,
+    quality: str,
+    means: Mapping[str, float],
+) -> str:
     price, top = costs[cheapest], costs.get(best)
     if cheapest == best:
         return f"The cheapest of these: {best} itself ({_number(price)} {cost})."
-    beside = "" if top is None else f", against {_number(top)} of {best}"
-    return f"The cheapest of these: {cheapest} ({_number(price)} {cost}{beside})."
+    beside = "" if top is None else f" against {_number(top)} of {best}"
+    both = f"{quality} {_number(means[cheapest])} against {_number(means[best])}"
+    return f"The cheapest of these: {cheapest} ({_number(price)} {cost}{beside}; {both})."
+
+
+def _seeds_line(best: str, seeds: Mapping[str, int | None]) -> Iterator[str]:
+    """How many seeds would tell those that the tests do not tell from the best."""
+    if near := [f"{name} {count}" for name, count in seeds.items() if count is not None]:
+        far = [name for name, count in seeds.items() if count is None]
+        rest = f"; over {SEEDS}: {_list(far)}" if far else ""
+        yield f"So many seeds of each would tell them from {best}, if means and spread stay: {_list(near)}{rest}."
 
 
 def _tie_lines(ties: list[list[str]]) -> Iterator[str]:
@@ -308,6 +358,10 @@ def _number(value: float | None) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
+
+
+def _varies(pair: Pair) -> bool:
+    return pair.test is not None and pair.test.t is not None
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:
