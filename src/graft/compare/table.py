@@ -12,7 +12,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.compare.field import Compared, Entry, One
-from graft.compare.statistics import Interval, Verdict, interval, verdict
+from graft.compare.statistics import Interval, interval
+from graft.compare.verdict import Verdict, verdict
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
