@@ -217,6 +217,7 @@ def test_a_classification_head(settings: Callable[..., Compare], here: Here, tmp
     )
     entries = by_label(compare(asked, console=QUIET))
     assert entries["icl"]["status"] == "ok" and entries["icl"]["runs"][0]["latency"]["unmerged"] > 0
+    assert entries["icl"]["runs"][0]["evaluation_its"] > 0
     assert len(entries["base"]["runs"]) == 1
 
 

@@ -92,7 +92,7 @@ def few_shots(
     Raises:
         ConfigError: a quality that needs the loss of an answer, or a template that reads no demonstrations.
     """
-    asked = measure["icl"]
+    wanted = measure["icl"]
     metrics = [name for name in measure["metrics"] if NEEDS[name] != "loss"]
     if measure["metrics"][0] not in metrics:
         raise ConfigError(
@@ -109,20 +109,22 @@ def few_shots(
         rows,
         pool,
         template,
-        shots=asked["shots"],
-        most=MOST if asked["shots"] == "fit" else None,
+        shots=wanted["shots"],
+        most=MOST if wanted["shots"] == "fit" else None,
         seed=seed,
-        calibrate=asked["calibrate"],
+        calibrate=wanted["calibrate"],
         metrics=metrics,
         batch_size=batch_size,
         decoding=Decoding(max_new_tokens=measure["max_new_tokens"]),
     )
     made: Found = {"quality": next(iter(found.scores.values())), "note": f"{len(found.shots)} demonstrations"}
+    fitted = template.fit([*pool, *rows], tokenizer)
+    asked, behind = with_shots(rows[: BATCHES * batch_size], found.shots, fitted)
+    made["evaluation_its"] = evaluation_speed(model, tokenizer, asked, behind, None, batch_size)
     if measure["latency"]:
-        asked, behind = with_shots(rows[:ANSWERS], found.shots, template.fit([*pool, *rows], tokenizer))
         calls = {"base": _answering(model, tokenizer, rows[:ANSWERS], template, None)}
         with quiet(model):
-            took = _in_turn(calls | {"unmerged": _answering(model, tokenizer, asked, behind, None)})
+            took = _in_turn(calls | {"unmerged": _answering(model, tokenizer, asked[:ANSWERS], behind, None)})
         made["latency"] = took | {"merged": None}
     return made
 
@@ -135,7 +137,7 @@ def forgot(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, name: str)
 def evaluation_speed(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, entry: Any, size: int
 ) -> float:
-    """Batches of `size` rows a second, forward alone."""
+    """Batches of `size` rows a second, forward alone, each row with its answer."""
     rows = rows[: BATCHES * size]
     template = template.fit(rows, tokenizer) if template.mode != "classification" else template
     examples = score.encode(rows, [template], tokenizer)
