@@ -70,7 +70,7 @@ def killed() -> list[str]:
         "",
         f"SST-2 again, killed (SIGKILL) after {after} finished runs and started again: all figures of the "
         f"{found['entries']} entries but times and memory are {same} to those of the undisturbed one. "
-        f"{found['seconds']:,.0f} s in all.",
+        f"{found['seconds']:,.0f} s in all. {found.get('note', '')}".rstrip(),
         "",
     ]
 

@@ -20,6 +20,7 @@ FLOORS = {
         "hooks",
         "positions",
         "slots",
+        "slot_hooks",
         "freeze",
         "adapter",
         "bank",

@@ -19,10 +19,11 @@ from graft.adapter import Adapter as Adapter
 from graft.adapter import key_of as key_of
 from graft.errors import RouteError
 from graft.fast import mixed, segments
-from graft.hooks import BarrierHook, ContiguousHook, PoolHook, RootHook, SiteHook, SlotHook, Tap, pooled
+from graft.hooks import BarrierHook, ContiguousHook, RootHook, SiteHook, Tap
 from graft.method import AttentionDelta, Delta, Drawn, InputDelta
 from graft.roles import Site
 from graft.routes import BASE, Entry, Route
+from graft.slot_hooks import PoolHook, SlotHook, pooled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -202,3 +202,23 @@ def test_encoder_decoders_hold_p_rows_that_all_train() -> None:
     (delta,) = (delta for _, delta in model.adapters["a"].items())
     model(**graft.prepare(model, data)).loss.backward()
     assert delta.prompt.shape == (3, 32) and bool((delta.prompt.grad.abs().sum(-1) > 0).all())
+
+
+def test_gradients_are_the_same_bits_every_time() -> None:
+    """With several threads: rows gathered by plain indexing sum their gradients in any order."""
+    torch.manual_seed(0)
+    model = tiny("llama", hidden_size=128)
+    attached = graft.attach(model, graft.PromptTuning(length=4))
+    data = graft.prepare(model, data_of("llama", labels=True, rows=64))
+    (prompt,) = (delta.prompt for _, delta in attached.items())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(8):
+            prompt.grad = None
+            model(**data).loss.backward()
+            found.append(prompt.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], each) for each in found[1:])
