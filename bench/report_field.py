@@ -141,8 +141,7 @@ def matrix() -> list[str]:
         for entry in found["accuracies"]
     ]
     tests = ", ".join(
-        f"{name} ({'out of' if each['out_of_domain'] else 'in'} domain)"
-        for name, each in asked["tests"].items()
+        f"{name} ({'out of' if each['out_of_domain'] else 'in'} domain)" for name, each in asked["tests"].items()
     )
     return [
         *title,

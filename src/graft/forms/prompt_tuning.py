@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from graft import hooks
+from graft import slot_hooks
 from graft.adapter import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
@@ -44,7 +44,7 @@ class PromptForm(VirtualForm):
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:
         assert isinstance(method, PromptTuning)
-        if hooks.pooled(model) and not adapter.peft_compat:
+        if slot_hooks.pooled(model) and not adapter.peft_compat:
             raise Unheld(
                 "peft pools at the first virtual token, this prompt was made to pool behind it (peft_compat=True)"
             )
