@@ -276,15 +276,16 @@ def _widened(call: AttentionCall, length: int) -> Tensor | None:
     A window of W tokens is W keys: those of its own that a query sees, and then rows in front, the last ones first.
     """
     mask, keys, window = explicit_mask(call), call.key_BKSD.shape[2], _window(call)
-    hides = window is not None and keys + length > window
-    if mask is None and not hides:
+    if window is not None and keys + length <= window:
+        window = None
+    if mask is None and window is None:
         return None
     if mask is None:
         mask = call.query_BHTD.new_ones(1, 1, call.query_BHTD.shape[2], keys, dtype=torch.bool)
     mask = mask[..., :keys]
     lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     wide = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
-    if not hides:
+    if window is None:
         return wide
     seen_BHT1 = (mask if mask.dtype == torch.bool else mask > lowest / 2).sum(-1, keepdim=True)
     place_P = torch.arange(length, 0, -1, device=mask.device)
