@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "graft"
 
 # Floor -> modules and folders at the top of the package. A new one must be put here.
 FLOORS = {
-    0: ("errors", "settings", "disk", "ids", "weights", "vocabulary", "roles", "method"),
+    0: ("errors", "settings", "disk", "ids", "weights", "vocabulary", "roles", "copies", "method"),
     1: (
         "routes",
         "hooks",

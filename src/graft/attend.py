@@ -234,17 +234,17 @@ def explicit_mask(call: AttentionCall) -> Tensor | None:
     """The mask, written out where None would have meant causal, or `Segments` several texts."""
     if isinstance(call.mask, Segments):
         return call.mask.whole()
-    causal = call.options.get("is_causal")
-    causal = getattr(call.module, "is_causal", True) if causal is None else causal
     size, keys = call.query_BHTD.shape[2], call.key_BKSD.shape[2]
-    if call.mask is not None or not causal or size == 1:
+    if call.mask is not None or size == 1 or not _causal(call):
         return call.mask
     seen = torch.ones(size, keys, dtype=torch.bool, device=call.query_BHTD.device).tril(keys - size)
     return seen[None, None]
 
 
 def prepend(call: AttentionCall, key_PKD: Tensor, value_PKD: Tensor) -> AttentionCall:
-    """The call with P rows in front of keys and values that every query sees, whatever window or mask there is.
+    """The call with P rows in front of keys and values, as if they stood in the cache.
+
+    Every query sees them, whatever mask there is, unless they lie behind its window.
 
     Args:
         key_PKD, value_PKD: (P, K, D) for all rows or (B, P, K, D), used as stored: no rotation. Of a packed row B are
@@ -257,11 +257,6 @@ def prepend(call: AttentionCall, key_PKD: Tensor, value_PKD: Tensor) -> Attentio
     batch, length = call.key_BKSD.shape[0], key_PKD.shape[-3]
     key = key_PKD.to(call.key_BKSD.dtype).transpose(-3, -2).expand(batch, -1, -1, -1)
     value = value_PKD.to(call.value_BKSD.dtype).transpose(-3, -2).expand(batch, -1, -1, -1)
-    mask = explicit_mask(call)
-    if mask is not None:
-        if mask.shape[-1] != call.key_BKSD.shape[2]:
-            mask = mask[..., : call.key_BKSD.shape[2]]
-        mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
     options = dict(call.options)
     if options.get("position_bias") is not None:
         options["position_bias"] = _biased(call, length)
@@ -269,10 +264,49 @@ def prepend(call: AttentionCall, key_PKD: Tensor, value_PKD: Tensor) -> Attentio
         call,
         key_BKSD=torch.cat([key, call.key_BKSD], 2),
         value_BKSD=torch.cat([value, call.value_BKSD], 2),
-        mask=mask,
+        mask=_widened(call, length),
         options=options,
         front=call.front + length,
     )
+
+
+def _widened(call: AttentionCall, length: int) -> Tensor | None:
+    """The mask with columns for P rows in front.
+
+    A window of W tokens is W keys: those of its own that a query sees, and then rows in front, the last ones first.
+    """
+    mask, keys, window = explicit_mask(call), call.key_BKSD.shape[2], _window(call)
+    if window is not None and keys + length <= window:
+        window = None
+    if mask is None and window is None:
+        return None
+    if mask is None:
+        mask = call.query_BHTD.new_ones(1, 1, call.query_BHTD.shape[2], keys, dtype=torch.bool)
+    mask = mask[..., :keys]
+    lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    wide = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if window is None:
+        return wide
+    seen_BHT1 = (mask if mask.dtype == torch.bool else mask > lowest / 2).sum(-1, keepdim=True)
+    place_P = torch.arange(length, 0, -1, device=mask.device)
+    hidden_BHTP = F.pad(seen_BHT1 + place_P > window, (0, keys), value=False)
+    return wide.masked_fill(hidden_BHTP, lowest)
+
+
+def _window(call: AttentionCall) -> int | None:
+    """How many keys a query sees in this causal attention at most; None where there is no window."""
+    if not _causal(call):
+        return None
+    config = getattr(call.module, "config", None)
+    of_all = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    own = getattr(call.module, "sliding_window", of_all)  # where the call does not say
+    window: int | None = call.options.get("sliding_window", own)
+    return window or None
+
+
+def _causal(call: AttentionCall) -> bool:
+    causal = call.options.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if causal is None else causal)
 
 
 def _biased(call: AttentionCall, length: int) -> Tensor:

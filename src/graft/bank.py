@@ -246,7 +246,7 @@ class Bank(nn.Module):
         hook = self.hooks.get(site.path)
         if hook is None:
             hook = self.hooks[site.path] = SiteHook(self, site.path)
-            self.hook(site.path, site.module.register_forward_hook(hook.after))
+            self.hook(site.path, site.module.register_forward_hook(hook.after, with_kwargs=True))
         if type(delta).before is not Delta.before and f"{site.path}:before" not in self.handles:
             self.hook(f"{site.path}:before", site.module.register_forward_pre_hook(hook.before))
         hook.deltas[name] = delta

@@ -6,6 +6,7 @@ honoured, at its empty value, or refused by name. `graft.forms` has the forms.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -159,11 +160,12 @@ def read_object(config: Any, model: nn.Module) -> Method | None:
     data |= {"peft_type": targets.text_of(kind), "task_type": None if task is None else targets.text_of(task)}
     form, where = FORMS.get(targets.text_of(kind)), type(config).__name__
     try:
-        data = form.fitted(data, model) if form else data
+        data = targets.uncut(model, form.fitted(data, model)) if form else data
+        kept = targets.kept(data, model) if form and "modules_to_save" in form.fields else {}
     except AdapterFileError as error:
         raise ConfigError(f"{where}: {error}") from error
     try:
-        return method_of(data, None, where)
+        return dataclasses.replace(method_of(data, None, where), **kept)
     except AdapterFileError as error:
         raise ConfigError(str(error)) from error
 

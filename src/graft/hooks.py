@@ -6,6 +6,7 @@ Shape legend: N leading size, B rows, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.errors import RouteError
 from graft.fast import low_rank, mixed
-from graft.method import Delta, InputDelta
+from graft.method import CopyDelta, Delta, InputDelta
 from graft.routes import BASE, Entry
 from graft.texts import Texts
 
@@ -72,7 +73,7 @@ class SiteHook:
         x = self._map(self._run_before, (args[0],))
         return None if x is None else (x, *args[1:])
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.bank.asleep:
             return None
         self._need(args)
@@ -80,7 +81,8 @@ class SiteHook:
         if self.bank.current.uniform == BASE and not self.taps:
             return None
         y = output[0] if isinstance(output, tuple) else output
-        new = self._spanning(args, y) if self.taps else self._added(module, args[0], y)
+        copies = self._copies() if kwargs or len(args) > 1 else []
+        new = self._spanning(args, kwargs, y, copies) if self.taps or copies else self._added(module, args[0], y)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -100,14 +102,20 @@ class SiteHook:
         if not args:
             raise RouteError(f"{self.path} is called with keywords alone; no delta can act there, name what is inside")
 
-    def _spanning(self, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        """As `after`, where some deltas read the input of another module instead of this one's."""
+    def _copies(self) -> list[CopyDelta]:
+        """The trained copies that act now."""
+        acts = [act for entry in self.bank.current.entries for act in self.acts(entry)]
+        return list(dict.fromkeys(delta for delta, _ in acts if isinstance(delta, CopyDelta)))
+
+    def _spanning(self, args: Any, kwargs: Any, y: Tensor, copies: list[CopyDelta]) -> Tensor | None:
+        """As `after`, where deltas read the input of another module too, or copies all that this one is called with."""
         inputs = [args[0]]
         for path, tap in self.taps.items():
             if tap.value is None:
                 raise RouteError(f"{self.path}: the module {path} that its adapter reads did not run before it")
             inputs.append(tap.value)
-        new = self._map(self._run_after, (*inputs, y))
+        inputs += [copied.answer(args, kwargs).to(y.dtype) for copied in copies]
+        new = self._map(partial(self._run_after, copies=copies), (*inputs, y))
         for tap in self.taps.values():
             tap.value = None
         return new
@@ -119,13 +127,18 @@ class SiteHook:
             x = new if weight == 1.0 or new is x else x + weight * (new - x)
         return x
 
-    def _run_after(self, acts: list[Act], tensors: Sequence[Tensor], texts: Texts | None) -> Tensor:
+    def _run_after(
+        self, acts: list[Act], tensors: Sequence[Tensor], texts: Texts | None, copies: Sequence[Delta] = ()
+    ) -> Tensor:
         base = y = tensors[-1]
         inputs = dict(zip(("", *self.taps), tensors, strict=False))
         for delta, weight in acts:
             from_base = delta.from_base and y is not base
             more = (texts,) if delta.reads_texts else ()
-            new = delta.after(inputs[delta.tap or ""], base if from_base else y, *more)
+            if delta in copies:
+                new = tensors[1 + len(self.taps) + copies.index(delta)]
+            else:
+                new = delta.after(inputs[delta.tap or ""], base if from_base else y, *more)
             if from_base:
                 y = y + weight * (new - base)
             else:
@@ -144,7 +157,7 @@ class SiteHook:
         if not route.by_token:
             tensors = [_spread(tensor, self.bank.batch) for tensor in tensors]
         flat = [_flat(tensor, route.tokens) if route.by_token else tensor for tensor in tensors]
-        target, sums = flat[-1], run == self._run_after and not self.taps
+        target, sums = flat[-1], run == self._run_after
         if sums and (table := route.tables.find(self.path, flat[0])) is not None:
             return _like(table.add(flat[0], target, own), tensors[-1], route.by_token, route.tokens)
         parts = []

@@ -5,7 +5,6 @@ Shape legend: B rows, T tokens, I in-features, O out-features, P virtual tokens,
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import roles
+from graft.copies import answer, clean_copy
 from graft.errors import ConfigError, SiteError
 from graft.roles import Site
 from graft.settings import check_types, nearest
@@ -177,25 +177,11 @@ class CopyDelta(Delta):
         return self.copy.state_dict(keep_vars=True)
 
     def after(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        weight = next(self.copy.parameters())
-        x = x_BTI.to(weight.dtype) if x_BTI.is_floating_point() else x_BTI
-        return self.copy(x).to(y_BTO.dtype)
+        return self.answer((x_BTI,), {}).to(y_BTO.dtype)
 
-
-def clean_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` without forward hooks: they would drag the whole bank along and act twice."""
-    kept = []
-    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    for child in module.modules():
-        kept.append((child, {name: getattr(child, name) for name in names}))
-        for name in names:
-            setattr(child, name, type(getattr(child, name))())
-    try:
-        return copy.deepcopy(module)
-    finally:
-        for child, hooks in kept:
-            for name, value in hooks.items():
-                setattr(child, name, value)
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the copy gives for a call of the module, whatever it is called with."""
+        return answer(self.copy, args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
+from transformers import conversion_mapping
 
 from graft.errors import ConfigError, SiteError
 from graft.weights import is_embedding, is_linear
@@ -168,6 +169,11 @@ _TWO, _MORE = (
     ("input_layernorm", "post_attention_layernorm"),
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+# By the type whose experts others are converted like (`_convert_peft_config_moe` of peft; it leaves qwen2_moe itself).
+PEFT_EXPERTS: dict[str, tuple[str, ...]] = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 PEFT_NORMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "gemma"), (*_TWO, "norm")),
     **dict.fromkeys(("gemma2", "gemma3_text"), (*_TWO, *_MORE, "norm")),
@@ -261,6 +267,13 @@ def _name_roles(
 def peft_norms(config: Any) -> tuple[str, ...] | None:
     """The norms that peft's LN_TUNING trains by default in a model with this config; None where it has no default."""
     return PEFT_NORMS.get(str(getattr(config, "model_type", "")))
+
+
+def peft_experts(config: Any) -> tuple[str, ...]:
+    """Last parts of names that peft's LORA takes for fused experts in a model with this config, whatever bears them."""
+    kind = str(getattr(config, "model_type", ""))
+    known: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return PEFT_EXPERTS.get("mixtral" if kind == "mixtral" else known.get(kind, ""), ())
 
 
 def refuse_routed(paths: Iterable[str]) -> None:

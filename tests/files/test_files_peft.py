@@ -123,6 +123,7 @@ def test_rslora_on_all_linears(name: str, tmp_path: Path) -> None:
         ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*q_proj"}),
         ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
         ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 0}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}),
         (
             "llama",
             {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2, "v_proj": 3}},
@@ -136,6 +137,7 @@ def test_rslora_on_all_linears(name: str, tmp_path: Path) -> None:
         ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
         ("llama", {"modules_to_save": ["layers.1.mlp.down_proj", "norm"]}),
         ("bert", {"modules_to_save": ["pooler"]}),
+        ("bart", {"modules_to_save": ["embed_positions"]}),
         ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
         ("gpt2", {"target_modules": ["c_attn", "wte"]}),
         ("bart", {"target_modules": ["q_proj", "embed_tokens"]}),

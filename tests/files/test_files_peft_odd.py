@@ -115,3 +115,45 @@ def test_a_prompt_of_another_task(tmp_path: Path) -> None:
     edit(tmp_path / "a", task_type="CAUSAL_LM")
     with pytest.raises(graft.AdapterFileError, match="SEQ_2_SEQ_LM"):
         graft.load(tiny("t5"), tmp_path / "a", "a")
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_patterns_that_fit_no_target_are_ignored(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    patterns = {"rank_pattern": {"k_proj": 2, "q_proj": 3}, "alpha_pattern": {"nothing": 5}}
+    theirs = written(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], **patterns), tmp_path / "a")
+    model = tiny("llama")
+    method: Any = graft.load(model, tmp_path / "a", "a").method
+    assert (method.rank_pattern, method.alpha_pattern) == ({"q_proj": 3}, {})
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    graft.save(model, "a", tmp_path / "b", form="peft")
+    graft.load(tiny("llama"), tmp_path / "b")
+    with pytest.raises(graft.SiteError, match="'k_proj' fits none"):
+        graft.attach(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], **patterns))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"modules_to_save": ["norm"]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}),
+        ("llama_cls", {"task_type": "SEQ_CLS"}),
+        ("llama_cls", {"modules_to_save": ["score"]}),
+        ("bart_cls", {"task_type": "SEQ_CLS"}),
+        ("bart_cls", {"modules_to_save": ["head"]}),
+    ],
+    ids=str,
+)
+def test_an_object_trains_what_it_trains_in_peft(name: str, fields: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    fields = {"target_modules": ["q_proj"], **fields}
+    base, twin = (bart_classifier() if name == "bart_cls" else tiny(name) for _ in range(2))
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**fields))
+    adapter = graft.attach(base, peft.LoraConfig(**fields))
+    assert adapter.trainable == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_an_object_names_modules_that_are_there() -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(graft.ConfigError, match=r"^LoraConfig: modules_to_save: the model has no module 'nothing'"):
+        graft.attach(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["nothing"]))

@@ -123,8 +123,9 @@ def test_generate_equals_teacher_forcing(arch: str) -> None:
         assert out[0, -6:].tolist() == logits[0, -6:].argmax(-1).tolist()
 
 
-def test_left_padding_changes_nothing() -> None:
-    model, data = adapted("llama", graft.PrefixTuning(length=P)), data_of("llama", rows=1)
+@pytest.mark.parametrize(("arch", "options"), [("llama", {}), ("mistral", {"sliding_window": 4})])
+def test_left_padding_changes_nothing(arch: str, options: dict[str, Any]) -> None:
+    model, data = adapted(arch, graft.PrefixTuning(length=P), **options), data_of(arch, rows=1)
     plain = model(**data).logits
     ids = torch.cat([torch.full((1, 2), PAD), data["input_ids"]], 1)
     mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), data["attention_mask"]], 1)
@@ -148,10 +149,13 @@ def of_words(**settings: Any) -> graft.PrefixTuning:
     return graft.PrefixTuning(init="text", text="four words", tokenizer=Words(), **settings)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "gemma3", "qwen3", "opt", "mt5", "bart"])
-def test_rows_of_words_are_the_words_in_the_cache(arch: str) -> None:
+WORDED = ["llama", "gpt2", "gemma2", "gemma3", "qwen3", "opt", "mt5", "bart"]
+
+
+@pytest.mark.parametrize(("arch", "options"), [*((arch, {}) for arch in WORDED), ("mistral", {"sliding_window": 3})])
+def test_rows_of_words_are_the_words_in_the_cache(arch: str, options: dict[str, Any]) -> None:
     """The start computes what the base computes with these words in front: their keys and values, read once."""
-    model, hand, data = lively(arch), lively(arch), data_of(arch, rows=1)
+    model, hand, data = lively(arch, **options), lively(arch, **options), data_of(arch, rows=1)
     both, ids = arch in ("mt5", "bart"), data["input_ids"]
     graft.attach(model, of_words(length=4, head=False), "a")
     words = torch.tensor([WORDS])
@@ -267,6 +271,33 @@ def test_equals_peft(arch: str, task: str, options: dict[str, Any]) -> None:
         seen = data["attention_mask"].bool()
         actual, expected = actual[seen], expected[seen]
     close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("arch", "attention"), [("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"), ("gemma3", "sdpa")]
+)
+@pytest.mark.parametrize("window", [2, 4, 10])
+@torch.no_grad()
+def test_a_window_reaches_the_rows_as_in_peft(arch: str, window: int, attention: str) -> None:
+    """As words in front of the 9 tokens: in one forward, token by token behind a cache, and in a packed row."""
+    import peft
+
+    options = {"sliding_window": window, "attn_implementation": attention}
+    model, ids = adapted(arch, graft.PrefixTuning(length=P), **options), data_of(arch, rows=1)["input_ids"]
+    other = peft_twin(arch, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P), **options)
+    copy_into(other.prompt_encoder["default"].embedding.weight, model.adapters["a"].shared.table)
+    expected = other(input_ids=ids).logits
+    close(model(input_ids=ids).logits, expected)
+    far(adapted(arch, graft.PrefixTuning(length=P), attn_implementation=attention)(input_ids=ids).logits, expected)
+    out = model(input_ids=ids[:, :3], use_cache=True)
+    steps = [out.logits]
+    for token in ids[:, 3:].split(1, 1):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        steps.append(out.logits)
+    close(torch.cat(steps, 1), expected)
+    ends = torch.cat([torch.arange(9), torch.arange(9)])[None]
+    packed = model(input_ids=ids.repeat(1, 2), position_ids=ends, use_cache=False).logits
+    close(packed, expected.repeat(1, 2, 1))
 
 
 def test_without_compat_each_layer_has_rows_of_its_own() -> None:

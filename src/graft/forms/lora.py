@@ -59,8 +59,16 @@ class LoRAForm(Form):
     methods = (LoRA, DoRA, LoRAFA, QLoRA)
     sometimes = (Compose,)
 
+    def fitted(self, config: Config, model: nn.Module) -> Config:
+        """A config object on this model; peft's own targets are none of those that it takes for experts."""
+        if why := targets.in_experts(model, config.get("target_modules")):
+            raise AdapterFileError(f"target_modules: {why}")
+        return config
+
     def read(self, config: Config, model: nn.Module | None) -> Method:
         start = _start(config, model)
+        if model is not None:
+            self.fitted(config, model)
         if config.get("ensure_weight_tying") and (model is None or targets.touches_embeddings(model, config)):
             raise AdapterFileError(
                 "ensure_weight_tying ties the adapters of embedding and head, which Graft keeps apart"
@@ -71,6 +79,7 @@ class LoRAForm(Form):
                     re.compile(pattern)
                 except re.error as error:
                     raise AdapterFileError(f"{field}: {pattern!r} is no regex: {error}") from error
+        used = None if model is None else targets.targeted(model, config)
         kind = DoRA if value_of(config, "use_dora", False, bool) else LoRA
         made = kind(
             rank=value_of(config, "r", 8, int),
@@ -79,8 +88,8 @@ class LoRAForm(Form):
             bias=value_of(config, "bias", "none", str),
             lora_bias=value_of(config, "lora_bias", False, bool),
             rslora=value_of(config, "use_rslora", False, bool),
-            rank_pattern=value_of(config, "rank_pattern", {}, dict),
-            alpha_pattern=value_of(config, "alpha_pattern", {}, dict),
+            rank_pattern=_used(config, "rank_pattern", used),
+            alpha_pattern=_used(config, "alpha_pattern", used),
             **start,
             **targets.places(config, model),
         )
@@ -97,6 +106,8 @@ class LoRAForm(Form):
         names = targets.named(model, config, pairs)
         if names is None:
             raise Unheld("peft's rules cannot name exactly these modules")
+        if why := targets.in_experts(model, names):
+            raise Unheld(why)
         modules = [site.module for site, delta in adapter.items() if isinstance(delta, LoRADelta)]
         return {
             "target_modules": names,
@@ -172,6 +183,15 @@ def _start(config: Config, model: nn.Module | None) -> dict[str, Any]:
         if key not in names and value is not None and value != FIXED.get(key):
             raise AdapterFileError(f"{field}: {key} = {value!r} is not supported; leave it out")
     return {"init": init, "init_options": {ours: given[key] for key, ours in names.items() if key in given}}
+
+
+def _used(config: Config, field: str, paths: set[str] | None) -> dict[str, Any]:
+    """A pattern field of a folder without the keys that fit none of its targets: peft ignores them."""
+    given = value_of(config, field, {}, dict)
+    if paths is None:
+        return given
+    fits = vocabulary.pattern_value
+    return {key: value for key, value in given.items() if any(fits({key: True}, path, False) for path in paths)}
 
 
 def _transposed(model: nn.Module, config: Config) -> bool:

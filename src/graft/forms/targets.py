@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from graft import roles
+from graft import roles, vocabulary
 from graft.errors import AdapterFileError, SiteError
 from graft.weights import is_embedding, is_linear
 
@@ -147,12 +147,32 @@ def matched(model: nn.Module, config: Config) -> set[str]:
     whole = [*whole, *HEADS.get(text_of(config.get("task_type")), ())]
     found = {path for path in found if not _fits(path, excluded) and not _inside(path, whole)}
     layers: Any = config.get("layers_to_transform")
-    if not empty(layers) and not isinstance(names, str):
+    if not empty(layers) and not isinstance(names, str):  # a whole path stays, wherever it lies
         layers = [layers] if isinstance(layers, int) else layers
-        found = {path for path in found if (at := re.match(r".*?\.[^.]*\.(\d+)\.", path)) and int(at[1]) in layers}
+        found = {path for path in found if path in names or _layer(path) in layers}
     if not found:
         raise AdapterFileError("target_modules: no module is left; targets are linears and embeddings")
     return found
+
+
+def uncut(model: nn.Module, config: Config) -> Config:
+    """The config of an object with its targets one by one, where `layers_to_transform` does not cut all of them."""
+    names, here = config.get("target_modules"), modules(model)
+    if empty(config.get("layers_to_transform")) or isinstance(names, str) or not any(n in here for n in names or ()):
+        return config
+    paths = sorted(matched(model, config))
+    return config | {"target_modules": paths, "layers_to_transform": None, "exclude_modules": None}
+
+
+def in_experts(model: nn.Module, names: Any) -> str | None:
+    """Why these targets of a LORA may be fused experts in peft: it goes by their last parts and lists no regex."""
+    experts = vocabulary.peft_experts(getattr(model, "config", None))
+    listed = [names] if isinstance(names, str) else names or ()
+    taken = next((n for n in listed if isinstance(names, str) or n.rpartition(".")[2] in experts), None)
+    if not experts or taken is None:
+        return None
+    what = f"the fused experts of a {type(model).__name__}"
+    return f"peft may take {taken} for {what}, Graft takes the modules so called; list modules with other names"
 
 
 def saved_whole(model: nn.Module, config: Config) -> set[str]:
@@ -209,6 +229,11 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def touches_embeddings(model: nn.Module, config: Config) -> bool:
     """Whether the config adapts, or keeps whole, an input or output embedding."""
     return bool((targeted(model, config) | saved_whole(model, config)) & set(embeddings(model)))
+
+
+def _layer(path: str) -> int | None:
+    at = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return int(at[1]) if at else None
 
 
 def _fits(path: str, names: Any) -> bool:

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from graft import roles, vocabulary
+from graft.copies import clean_copy
 from graft.errors import ConfigError, SiteError
-from graft.method import REPLACE, Build, Delta, Method, clean_copy, inside
+from graft.method import REPLACE, Build, Delta, Method, inside
 from graft.methods.fastfood import GENERATOR, Projection
 from graft.methods.lora import embed_scale
 from graft.roles import Site

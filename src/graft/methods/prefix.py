@@ -2,7 +2,8 @@
 
     attention = softmax(q [PK; K]^T / sqrt(d) + mask) [PV; V]
 
-The rows are used as stored (no rotation), every query sees them, and the real tokens stand at positions P, P+1, ... .
+The rows are used as stored (no rotation), and the real tokens stand at positions P, P+1, ... . Every query sees the
+rows; through a sliding window it sees those that the window reaches, as if they were tokens in front (so does peft).
 With `hidden`, rows come from an embedding through Linear(D, hidden), tanh, Linear(hidden, 2 L K d) while training; only
 the result is kept. With `init="text"` they start as the base's own keys and values of real words, which is exactly the
 model with these words in its cache. The table has peft's layout: (P, 2L, K, d) with slot 2l the keys of layer l and
