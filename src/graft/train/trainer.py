@@ -34,6 +34,7 @@ from graft.train.routed import COLUMNS, RoutedTrainer
 from graft.train.schedule import Schedule
 from graft.train.steps import MethodSteps, by_rate, first_batches, refuse_own_optimizer, start
 
+from graft.train.trunk import RunTrunk
 NAMED = 20
 """Rows that an error names."""
 
@@ -269,6 +270,8 @@ class GraftTrainer(RoutedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a lack of memory is a TrainingError with advice."""
+        if isinstance(self.trunk, RunTrunk):
+            self.trunk.bound()
         start(self.model, lambda count: first_batches(self, count))
         self.start, self.newest, self.losses, self.good_batch = states.starting(self.model), None, [], None
         states.sweep(Path(self.args.output_dir))
