@@ -250,8 +250,8 @@ def _labelled(model: Any, head: OutputHead, batch: dict[str, Any], call: Any) ->
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, index_N)
     tokens, places = target_BT.shape[1], target_M.numel()
     # With a `device_map` a head that is tied to the embedding is where that is, and not behind the last block.
-    moved = (each.to(head.module.weight.device) for each in (hidden_ND, target_M[index_N], index_N))
-    return _Rows(*moved, tokens, places, labels, keep.autocast)
+    hidden_ND, target_N, index_N = (x.to(head.module.weight.device) for x in (hidden_ND, target_M[index_N], index_N))
+    return _Rows(hidden_ND, target_N, index_N, tokens, places, labels, keep.autocast)
 
 
 def _losses(model: Any, head: OutputHead, rows: _Rows, smoothing: float, *, summed: bool) -> Tensor:
