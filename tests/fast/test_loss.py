@@ -365,3 +365,28 @@ def test_both_forms_against_autograd(cap: float | None, bias: bool) -> None:
         assert torch.allclose(found, expected)
     for found, expected in zip(gradients_of(through_N, above_N), gradients_of(expected_N, above_N), strict=True):
         assert torch.allclose(found, expected)
+
+
+def test_a_tied_head_on_another_device_than_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a `device_map` spreads a model; the meta device stands for the other one, and takes what comes as hooks do."""
+    model, inputs = attached("llama"), batch("llama")
+    assert head.head_of(model) is not None
+    weight = nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
+    model.lm_head.weight = weight
+    model.lm_head.forward = lambda hidden: F.linear(hidden.to("meta"), weight)
+    monkeypatch.setattr("graft.fast.loss.why_not", lambda *given: None)
+    with torch.no_grad():
+        loss, logprobs = fast_loss(model, inputs), graft.token_logprobs(model, inputs)
+    assert loss is not None and loss.is_meta and loss.shape == () and logprobs.is_meta
+
+
+def test_gradients_of_a_head_in_bf16_are_summed_by_parts_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    hidden_ND, weight_VD = (torch.randn(n, 16).bfloat16() for n in (23, 50))
+    target_N, found = torch.randint(50, (23,)), []
+    for rows in (50, 7):
+        monkeypatch.setattr(cross_entropy, "SUMMED", rows)
+        weight = weight_VD.clone().requires_grad_()
+        losses(hidden_ND, weight, None, target_N, Finish(), summed=True).backward()
+        found.append(weight.grad)
+    assert found[0] is not None and found[0].any() and torch.equal(*found)

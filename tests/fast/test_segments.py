@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import PrinterCallback, TrainingArguments
 
@@ -258,6 +260,22 @@ def test_the_variable_length_kernel_gets_the_texts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(segments, "kernel", lambda: kernel)
     monkeypatch.setattr(segments, "takes_varlen", lambda call: True)
     torch.testing.assert_close(model(**packed(rows)).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "flash", "wanted"), [(64, True, True), (60, True, False), (264, True, False), (64, False, False)]
+)
+def test_the_variable_length_kernel_takes_what_flash_attention_does(
+    size: int, flash: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head sizes by 8 up to 256, on a GPU for which PyTorch says yes (from sm80 on)."""
+    monkeypatch.setattr(segments, "kernel", lambda: print)
+    monkeypatch.setattr("torch.backends.cuda.can_use_flash_attention", lambda params: flash)
+    with FakeTensorMode():
+        heads, fewer = (torch.empty(1, n, 24, size, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+    call = dataclasses.replace(_call(None), query_BHTD=heads, key_BKSD=fewer, value_BKSD=fewer)
+    assert segments.takes_varlen(call) == wanted
+    assert not segments.takes_varlen(dataclasses.replace(call, options={"softcap": 30.0}))
 
 
 def _call(model: Any) -> Any:

@@ -83,3 +83,24 @@ def test_two_processes_that_write_at_once(tmp_path: Path) -> None:
     assert len(store) == 200 and not list(tmp_path.rglob("*.partial"))
     for i in range(200):
         assert torch.equal(held(store, i.to_bytes(2, "big")), torch.full((8,), float(i)))
+
+
+def test_a_disk_that_is_full_after_all_is_told_once_and_the_rest_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("graft.fast.store.SHARD", 256)
+    one = torch.arange(64.0)
+    store = Store(memory=0, folder=tmp_path / "trunk", disk=2**20, key="k")
+    assert store.put(b"a", one)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert [store.put(key, one) for key in (b"b", b"c", b"a")] == [False, False, True]
+        store.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(held(store, b"a"), one) and store.get(b"b") is None and len(store) == 1
+    assert len(list(tmp_path.rglob("*.*"))) == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "no more states are kept in" in line and "\n" not in line

@@ -528,6 +528,21 @@ def test_what_is_not_predicted_is_a_note(settings: dict[str, Any], note: str) ->
     assert not any(note in each for each in _notes(made_up(), where))
 
 
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        ({"method": {"method": "lora", "layers": 1}}, True),
+        ({"method": {"method": "lora", "layers": 1}, "train.trunk_cache": False}, False),
+        ({"method": {"method": "lora"}}, False),
+    ],
+)
+def test_states_that_may_be_kept_are_a_note(settings: dict[str, Any], noted: bool) -> None:
+    given = {"base": "embedded", "data": {"train": "made up"}, "output": "none", "train": {"batch_size": 4}}
+    run = settings_of(given, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    notes = plan(run, length=8, device="24GB", answers=False).notes
+    assert any("train.trunk_cache" in each for each in notes) == noted
+
+
 @pytest.mark.parametrize(("method", "precision"), [("qlora", "nf4"), ("dora", "fp32"), ("p-tuning", "fp32")])
 def test_methods_that_ask_about_the_weights_are_planned(method: str, precision: str) -> None:
     """For a quantized base, and for autocast around their products."""

@@ -97,10 +97,10 @@ def test_start_sees_the_first_batches_and_changes_no_random_number(
         monkeypatch.setattr(LoRA, "wants_batches", lambda self, wanted=wanted: wanted)
         monkeypatch.setattr(LoRA, "start", begin_from)
         model = started("llama")
-        rows = [{**row, "adapter": "default"} for row in features("llama")]
+        rows = [{**row, "adapter": "default", "id": 7} for row in features("llama")]
         quiet(GraftTrainer(model, arguments(tmp_path), train_dataset=rows))
         found.append(values(model))
-    assert len(seen) == 2 and "adapter" not in seen[0]
+    assert len(seen) == 2 and not {"adapter", "id"} & seen[0].keys(), "a column that no forward takes is dropped"
     assert torch.equal(seen[1]["input_ids"], batch("llama", rows=8)["input_ids"][2:4])
     assert same(*found, 0.0)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from rich.console import Console
@@ -21,11 +22,12 @@ from test_train_run import lines
 import graft
 from graft.base import load_base
 from graft.errors import ConfigError
+from graft.fast.store import Store
 from graft.methods.lora import LoRA
 from graft.train.config import Run
 from graft.train.run import train
 from graft.train.schedule import Schedule
-from graft.train.trunk import open_trunk
+from graft.train.trunk import open_trunk, spare
 
 Settings = Callable[..., Run]
 TOP = LoRA(rank=4, layers=1, targets="all-linear")
@@ -145,4 +147,38 @@ def test_dropout_is_left_alone_unless_it_is_asked_for(settings: Settings, tmp_pa
     _, text = told(settings(base="gpt2", method=TOP, train=more))
     assert "frozen" not in text
     _, text = told(settings(base="gpt2", method=TOP, train={**more, "trunk_cache": True}, output=str(tmp_path / "on")))
+    assert "were skipped for" in text
+
+
+def test_memory_that_is_spare_is_what_the_container_has_left_beside_the_largest_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, resident = torch.device("cpu"), psutil.Process().memory_info().rss
+    monkeypatch.setattr("graft.train.trunk.available", lambda: 10 << 30)
+    monkeypatch.setattr("graft.train.trunk.peak_bytes", lambda device: 0)
+    assert spare(cpu) == 10 << 30
+    monkeypatch.setattr("graft.train.trunk.peak_bytes", lambda device: resident + (6 << 30))
+    assert spare(cpu) == pytest.approx(4 << 30, rel=0.05)
+    monkeypatch.setattr("graft.train.trunk.peak_bytes", lambda device: resident + (60 << 30))
+    assert spare(cpu) == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
+    assert spare(torch.device("cuda")) == 800
+
+
+def test_what_the_longest_batch_needs_is_not_kept_for_states(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([4_000_000, 4])  # before the trial of the longest batch, and behind it
+    monkeypatch.setattr("graft.train.trunk.spare", lambda device: next(found))
+    sizes: list[tuple[Any, ...]] = []
+
+    class Watched(Store):
+        def close(self, **how: Any) -> None:
+            sizes.append((self.memory, len(self.kept), len(self)))
+            super().close(**how)
+
+    monkeypatch.setattr("graft.train.trunk.Store", Watched)
+    _, text = told(settings(train={"epochs": 2.0, "max_steps": None}, method=TOP))
+    ((memory, kept, texts),) = sizes
+    assert memory == 1 and kept <= 4 < texts, "the four rows of the trial, and all others on disk"
     assert "were skipped for" in text

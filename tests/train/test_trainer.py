@@ -12,7 +12,7 @@ from trainers import arguments, features, quiet, same, started, undropped, value
 from transformers import PrinterCallback, Trainer
 
 from graft import attach, bank, files, prepare, route
-from graft.errors import RouteError, TrainingError
+from graft.errors import ConfigError, RouteError, TrainingError
 from graft.methods.full import FullFineTuning
 from graft.methods.ia3 import IA3
 from graft.methods.lora import LoRA, LoRADelta
@@ -272,3 +272,52 @@ def test_best_model_is_read_back(tmp_path: Path) -> None:
     best = min(losses, key=losses.__getitem__)
     assert trainer.state.best_global_step == best < 4
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_nothing_is_saved_where_nothing_shall_be(tmp_path: Path) -> None:
+    """Though each evaluation tells which one is the best."""
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
+    data = features("llama")
+    trainer = GraftTrainer(started("llama"), args, train_dataset=data, eval_dataset=data)
+    quiet(trainer)
+    assert trainer.state.best_metric is not None and not state.checkpoints(tmp_path)
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_a_stream_is_evaluated_as_a_list_is(tmp_path: Path) -> None:
+    found, rows = [], features("llama", 5)
+    for data in (rows, _Stream(rows)):
+        args = arguments(tmp_path, per_device_eval_batch_size=2)
+        trainer = GraftTrainer(started("llama"), args, eval_dataset=data)  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        loop = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", prediction_loss_only=True)
+        found.append((loop.metrics, loop.num_samples, trainer.evaluate()["eval_loss"]))
+    assert found[0] == found[1] and found[0][1] == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"bf16_full_eval": True}, "bf16_full_eval: Trainer would round the adapter"),
+        ({"fp16_full_eval": True}, "fp16_full_eval: Trainer would round the adapter"),
+        ({"push_to_hub": True, "save_strategy": "steps"}, "push_to_hub: checkpoints are not pushed"),
+    ],
+)
+def test_what_adapters_do_not_get_is_refused(more: dict[str, Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{error}"):
+        GraftTrainer(started("llama"), arguments(tmp_path, **more))
+
+
+@pytest.mark.parametrize("more", [{"save_strategy": "steps", "hub_strategy": "end"}, {"save_strategy": "no"}], ids=str)
+def test_what_is_pushed_at_the_end_alone_is_taken(
+    more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraftTrainer, "init_hf_repo", lambda self: None)
+    assert GraftTrainer(started("llama"), arguments(tmp_path, push_to_hub=True, **more)).args.push_to_hub

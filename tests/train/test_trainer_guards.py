@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from trainers import arguments, features, quiet, same, started, values
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from graft import attach, bank, base
 from graft.data.encode import Example
@@ -183,3 +183,25 @@ def test_quantized_base_is_marked_only_while_trainer_looks(tmp_path: Path) -> No
     start = values(model)
     quiet(trainer)
     assert not same(values(model), start)
+
+
+@pytest.mark.parametrize("room", [0.5, 1.5], ids=["the adapter", "its optimizer"])
+def test_a_full_disk_is_told_in_one_line_and_nothing_half_written_stays(room: float, tmp_path: Path) -> None:
+    """No file may be longer than `room` times the adapter's from the third step on."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                size = (tmp_path / "checkpoint-2" / "adapter_model.safetensors").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * size), before[1]))
+
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch")
+    trainer = GraftTrainer(started("llama"), args, train_dataset=features("llama"), callbacks=[Full()])
+    try:
+        with pytest.raises(TrainingError, match=r"checkpoint-4: cannot be written .* on from .*checkpoint-2$") as error:
+            quiet(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -249,7 +249,9 @@ def _labelled(model: Any, head: OutputHead, batch: dict[str, Any], call: Any) ->
         index_N, target_M = index_N.new_zeros(1), torch.zeros_like(target_M)
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, index_N)
     tokens, places = target_BT.shape[1], target_M.numel()
-    return _Rows(hidden_ND, target_M[index_N], index_N, tokens, places, labels, keep.autocast)
+    # With a `device_map` a head that is tied to the embedding is where that is, and not behind the last block.
+    hidden_ND, target_N, index_N = (x.to(head.module.weight.device) for x in (hidden_ND, target_M[index_N], index_N))
+    return _Rows(hidden_ND, target_N, index_N, tokens, places, labels, keep.autocast)
 
 
 def _losses(model: Any, head: OutputHead, rows: _Rows, smoothing: float, *, summed: bool) -> Tensor:

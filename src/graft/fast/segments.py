@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
 from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 WIDEST = 256
 """The largest head that the variable-length kernel takes."""
+MULTIPLE = 8
+"""Of its size: PyTorch pads heads in `scaled_dot_product_attention` alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,9 +210,16 @@ def takes_varlen(call: AttentionCall) -> bool:
     query, value = call.query_BHTD, call.value_BKSD
     plain = not segments.fronts and all(mask is None for mask in segments.masks)
     asked = call.options.get("dropout") or call.options.get("softcap") is not None
-    sizes = query.shape[-1] == value.shape[-1] <= WIDEST
+    sizes = query.shape[-1] == value.shape[-1] <= WIDEST and query.shape[-1] % MULTIPLE == 0
     fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    return plain and not asked and sizes and fits and kernel() is not None
+    return plain and not asked and sizes and fits and kernel() is not None and _flash(call)
+
+
+def _flash(call: AttentionCall) -> bool:
+    """Whether flash attention, which that kernel is, was built and runs on this GPU with these heads (sm80 on)."""
+    query, key, value = call.query_BHTD, call.key_BKSD, call.value_BKSD
+    params = cuda.SDPAParams(query, key, value, None, 0.0, False, query.shape[1] != key.shape[1])
+    return cuda.can_use_flash_attention(params)
 
 
 @functools.cache

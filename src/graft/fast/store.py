@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import uuid
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+log = logging.getLogger("graft")
 
 SHARD = 64 * 2**20
 """Bytes that are gathered before they are written as one file."""
@@ -79,18 +81,24 @@ class Store:
         self.unwritten += size
         if self.unwritten >= SHARD:
             self.flush()
-        return True
+        return key in self
 
     def flush(self) -> None:
-        """Write what waits for the disk."""
+        """Write what waits for the disk; if that cannot be, the log says so once, and nothing more goes there."""
         if not self.waiting or self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file({key.hex(): tensor for key, tensor in self.waiting.items()}, partial)
-        os.replace(partial, path)
-        self.places |= dict.fromkeys(self.waiting, path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({key.hex(): tensor for key, tensor in self.waiting.items()}, partial)
+            os.replace(partial, path)
+            self.places |= dict.fromkeys(self.waiting, path)
+        except (OSError, SafetensorError) as error:
+            self.disk = 0
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            log.warning("no more states are kept in %s, which cannot be written: %s", self.folder.parent, error)
         self.waiting, self.unwritten = {}, 0
 
     def close(self, *, delete: bool = True) -> None:
@@ -106,21 +114,3 @@ class Store:
             self.flush()
         self.kept, self.waiting, self.places = {}, {}, {}
         self.in_memory = self.on_disk = self.unwritten = 0
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free now, as far as the system tells; 0 where it does not."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 0
-
-
-def room(folder: Path, device: torch.device) -> tuple[int, int]:
-    """A quarter of the free memory (of the device where states stay) and half of the free disk, in bytes."""
-    memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else free_memory() // 4
-    return memory, shutil.disk_usage(_existing(folder)).free // 2
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() or folder.parent == folder else _existing(folder.parent)

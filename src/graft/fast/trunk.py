@@ -129,7 +129,7 @@ class Trunk:
 
     def _acts_above(self, adapter: Adapter) -> bool:
         if adapter not in self.firsts:
-            self.firsts[adapter] = _first(self.model, adapter)
+            self.firsts[adapter] = lowest(self.model, adapter)
         return self.firsts[adapter] >= self.depth
 
     def _states(self, batch: dict[str, Any], texts: list[_Text], packed: bool) -> Tensor:
@@ -246,7 +246,7 @@ class _Text:
         self.key = hashlib.sha256(ids.cpu().numpy().tobytes() + b"|" + more).digest()
 
 
-def _first(model: nn.Module, adapter: Adapter) -> int:
+def lowest(model: nn.Module, adapter: Adapter) -> int:
     """The first block whose outputs an adapter changes; moved positions change all."""
     return 0 if adapter.shift or adapter.stretch != 1.0 else first_block(model, adapter)
 
@@ -262,7 +262,7 @@ def _trunk(model: Any) -> tuple[int, list[nn.Module]]:
     if len(stacks) != 1 or len(next(iter(stacks.values()))) != depth:
         raise SiteError(f"{type(model).__name__} is not one stack of blocks")
     stack = _stack(model)
-    first = min((_first(model, adapter) for adapter in bank_of(model)), default=0)
+    first = min((lowest(model, adapter) for adapter in bank_of(model)), default=0)
     if first <= 0:
         raise SiteError("an adapter acts in the first block or below it")
     trained = [i for i, block in enumerate(stack) if any(p.requires_grad for p in block.parameters())]
@@ -287,7 +287,7 @@ def _check_config(config: Any) -> None:
 
 def _encoder(model: Any, encoder: nn.Module) -> tuple[int, list[nn.Module]]:
     depth = len(roles.blocks(model)["encoder"])
-    first = min((_first(model, adapter) for adapter in bank_of(model)), default=0)
+    first = min((lowest(model, adapter) for adapter in bank_of(model)), default=0)
     if first <= 0:
         raise SiteError("an adapter acts in the first block or below it")
     if first < depth:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from graft import base
+from graft.bank import bank_of
 from graft.description import describe
 from graft.errors import ConfigError, SiteError
+from graft.fast.trunk import lowest
 from graft.planning.devices import CONTEXT, Device, room
 from graft.planning.memory import Memory, answering, evaluating, training
 from graft.planning.model import QUANTIZED, Given, batches, config_of, made_up, quantized_away, shapes_of
@@ -101,6 +103,8 @@ class _Needs:
     """Rows and positions of evaluation's heaviest batch."""
     steps: int = 0
     """Of the optimizer, in the whole run."""
+    keeps: bool = False
+    """Whether training may keep states of frozen blocks."""
 
     @property
     def need(self) -> int:
@@ -150,7 +154,7 @@ def plan(
         training=found.memory,
         evaluation=found.evaluation,
         inference=found.inference,
-        notes=(*_larger_evaluation(found), *_notes(run, where)),
+        notes=(*_larger_evaluation(found), *_notes(run, where, found.keeps)),
     )
     if made.fits or not changes:
         return made
@@ -203,7 +207,15 @@ def _needs(run: Run, given: Given, where: Device, *, answers: bool) -> _Needs:
         arithmetic=arithmetic,
         evaluated=(0, 0) if evaluated is None else _size(evaluated, mode),
         steps=schedule_of(run, data).steps,
+        keeps=_keeps(run, model),
     )
+
+
+def _keeps(run: Run, model: Any) -> bool:
+    """Whether training may keep what frozen blocks make of each text: by the setting, else where there are any."""
+    if run.train.trunk_cache is not None:
+        return run.train.trunk_cache
+    return all(lowest(model, adapter) > 0 for adapter in bank_of(model))
 
 
 def _size(batch: dict[str, Any], mode: str) -> tuple[int, int]:
@@ -327,7 +339,7 @@ def _mode(run: Run, config: Any) -> str:
     return "seq2seq" if config.is_encoder_decoder else "causal"
 
 
-def _notes(run: Run, where: Device) -> Iterator[str]:
+def _notes(run: Run, where: Device, keeps: bool = False) -> Iterator[str]:
     settings = run.train
     if "bf16" in (run.precision, settings.compute) and not where.bf16:
         yield f"{where.name} does not compute in bf16, and training would refuse it there; use fp32 or auto"
@@ -337,8 +349,8 @@ def _notes(run: Run, where: Device) -> Iterator[str]:
         yield "the second forward of train.on_forgetting: regularise is not in the prediction"
     if run.data.general is not None:
         yield "the batches of data.general are not in the prediction"
-    if settings.trunk_cache:
-        yield "the states that train.trunk_cache may keep are not in the prediction: at most a quarter of what is free"
+    if keeps:
+        yield "the states that train.trunk_cache may keep are not in the prediction: at most a quarter of what is left"
     if settings.compile:
         yield "train.compile is not in the prediction"
     if not where.on_cpu:

@@ -9,8 +9,27 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from graft.errors import TrainingError
+from graft.errors import ConfigError, TrainingError
 from graft.train import state as states
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse what Trainer offers and adapters do not get.
+
+    Raises:
+        ConfigError: what to say instead.
+    """
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"{name}: Trainer would round the adapter with the base, for good; load the base in 16 bits, or give "
+                "GraftTrainer autocast=torch.bfloat16"
+            )
+    if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
+        raise ConfigError(
+            'push_to_hub: checkpoints are not pushed; say hub_strategy="end", and save_model() or push_to_hub() push '
+            "the adapters"
+        )
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Recorder(TrainerCallback):
         self.took.append(time.perf_counter() - self.step_started)
         self.busy += self.took[-1]
         self.tokens += self.schedule.tokens(state.global_step - 1)
-        if control.should_save:
+        if control.should_save or (control.should_evaluate and args.metric_for_best_model):  # the best is saved too
             control.should_log = True  # so that the lines are the same whether a run was cut here or not
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

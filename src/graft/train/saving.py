@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from graft import files
+from graft.errors import AdapterFileError, TrainingError
 from graft.train import state as states
 from graft.train.forgetting import Guard
 
@@ -49,7 +51,7 @@ class SavingTrainer(Trainer):
         if self.guard is not None and self.guard.over:
             return False  # what has forgotten too much is not the best, whatever its loss
         best = super()._determine_best_metric(metrics, trial)
-        self.control.should_save = self.control.should_save or best
+        self.control.should_save = self.control.should_save or (best and self.args.save_strategy != "no")
         return best
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -64,7 +66,11 @@ class SavingTrainer(Trainer):
                 save_adapter(self.model, name, folder if len(names) == 1 else folder / name, self.template)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but under a temporary name until it is complete."""
+        """As Trainer's, but under a temporary name until it is complete.
+
+        Raises:
+            TrainingError: it cannot be written; nothing is left of it.
+        """
         if self.guard is not None and self.guard.stopped:
             return  # from the last checkpoint before, a run that is killed now comes to the same end
         folder = Path(self._get_output_dir(trial))
@@ -73,6 +79,25 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(partial)
+        except (OSError, SafetensorError, AdapterFileError, RuntimeError) as error:  # torch.save has the last
+            states.sweep(folder)
+            raise TrainingError(
+                f"{final}: cannot be written ({' '.join(str(error).split())[:200]}); is the disk full? Training can go "
+                f"on from {self.newest or 'the start'}"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():
+                states.remove(final)
+            os.replace(partial, final)
+            states.prune(folder, self.keep or self.args.save_total_limit, self.state.best_global_step)
+            if self.guard is not None:
+                self.guard.prune()
+        self.newest = final
+
+    def _write_checkpoint(self, partial: Path) -> None:
         self.save_model(str(partial), _internal_call=True)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(partial))
@@ -82,20 +107,10 @@ class SavingTrainer(Trainer):
             states.write(self.model, partial / states.STATE)
             if self.guard is not None:
                 self.guard.write(partial)
-            best = self.state.best_global_step
-            if best:
-                self.state.best_model_checkpoint = str(folder / f"{states.PREFIX}{best}")
+            if best := self.state.best_global_step:
+                self.state.best_model_checkpoint = str(partial.with_name(f"{states.PREFIX}{best}"))
             self._note_callbacks()
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if final.exists():
-                states.remove(final)
-            os.replace(partial, final)
-            states.prune(folder, self.keep or self.args.save_total_limit, best)
-            if self.guard is not None:
-                self.guard.prune()
-        self.newest = final
 
     def _note_callbacks(self) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:

@@ -21,7 +21,7 @@ class Schedule:
         lengths: tokens of each example.
         sides: of an encoder-decoder the tokens of its input and of its target; else none.
         batch_size: examples in a batch; not used with `pack`.
-        accumulate: batches in one optimizer step, over all devices.
+        accumulate: batches in one optimizer step.
         epochs, max_steps: how long; `max_steps`, in optimizer steps, wins.
         pack: longest pack in tokens, or None for padded batches.
     """

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,11 +186,10 @@ def open_model(
 def schedule_of(run: Run, data: Data) -> Schedule:
     """Which examples each batch has."""
     settings = run.train
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     return Schedule(
         [length(example) for example in data.train],
         batch_size=settings.batch_size,
-        accumulate=settings.accumulate * world,
+        accumulate=settings.accumulate,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
         seed=run.seed,

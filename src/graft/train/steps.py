@@ -61,6 +61,7 @@ def first_batches(trainer: Any, count: int) -> list[dict[str, Any]]:
     if trainer.schedule is not None:
         found = [collate([trainer.train_dataset[i] for i in rows]) for rows in islice(trainer.schedule, count)]
     else:
+        collate = trainer._get_collator_with_removed_columns(collate, "training")
         size = trainer.args.train_batch_size
         found = list(islice(DataLoader(trainer.train_dataset, batch_size=size, collate_fn=collate), count))
     more = {"use_cache": False} if trainer.takes_cache else {}

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from graft.bank import bank_of
 from graft.errors import TrainingError
 from graft.train import state as states
 from graft.train.compiled import Compiled
-from graft.train.guards import enough_memory, trains_quantized
+from graft.train.guards import check_arguments, enough_memory, trains_quantized
 from graft.train.loss import logits_head
 from graft.train.routed import COLUMNS, RoutedTrainer
 from graft.train.schedule import Schedule
 from graft.train.steps import MethodSteps, by_rate, first_batches, refuse_own_optimizer, start
+from graft.train.trunk import RunTrunk
 
 NAMED = 20
 """Rows that an error names."""
@@ -53,6 +55,7 @@ class GraftTrainer(RoutedTrainer):
 
     Raises:
         RouteError: the model has no adapters.
+        ConfigError: `push_to_hub` of checkpoints, or an evaluation in 16 bits that rounds the adapter.
         TrainingError: while training, a loss or gradient that is not finite, or too little memory.
     """
 
@@ -74,6 +77,7 @@ class GraftTrainer(RoutedTrainer):
     ) -> None:
         bank_of(model)
         args = copy.copy(args) if args is not None else TrainingArguments(output_dir="tmp_trainer", report_to="none")
+        check_arguments(args)
         args._n_gpu = min(1, args.n_gpu)  # else Trainer copies the model to each GPU, away from its routes
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here, never smoothed away
         self.template, self.schedule, self.autocast = template, schedule, autocast
@@ -266,6 +270,8 @@ class GraftTrainer(RoutedTrainer):
                     parameter.grad = gradient
                 for buffer, value in buffers:
                     buffer.copy_(value)
+        if isinstance(self.trunk, RunTrunk):
+            self.trunk.bound()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a lack of memory is a TrainingError with advice."""
@@ -295,7 +301,9 @@ class GraftTrainer(RoutedTrainer):
             )
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)  # loss times items, items, right answers, rows
+        seen = 0
         for batch in dataloader:
+            seen += len(batch.get("segments") or ()) or find_batch_size(batch) or 0
             inputs = self._prepare_inputs(self.with_slots(batch))
             items = self._get_num_items_in_batch([inputs], self.args.device)
             labels = inputs.get("labels")
@@ -318,7 +326,7 @@ class GraftTrainer(RoutedTrainer):
             with self.compute_loss_context_manager():
                 metrics |= self.guard.measure(self.model, self.state.global_step)
             self.control.should_training_stop = self.control.should_training_stop or self.guard.stopped
-        size = len(dataloader.dataset)  # type: ignore[arg-type]
+        size = len(dataloader.dataset) if has_length(dataloader.dataset) else seen  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=size)
 
 

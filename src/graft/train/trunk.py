@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+import torch
+
 from graft.errors import ConfigError, SiteError
-from graft.fast.store import Store, room
+from graft.fast.store import Store
 from graft.fast.trunk import Trunk
+from graft.planning.devices import available
+from graft.train.result import peak_bytes
 from graft.train.schedule import Schedule
 
 logger = logging.getLogger("graft")
@@ -26,10 +32,28 @@ class RunTrunk(Trunk):
     """A trunk for one run.
 
     Attributes:
-        plan: a line that says what it does.
+        once, often: tokens of the run's texts, each counted once, and each as often as it is read.
+        needed: bytes of the states of all texts.
     """
 
-    plan = ""
+    once = often = needed = 0
+
+    @property
+    def share(self) -> float:
+        """Of `needed`, what there is room for."""
+        return min(1.0, ((self.store.memory or 0) + self.store.disk) / max(1, self.needed))
+
+    @property
+    def plan(self) -> str:
+        """A line that says what it does."""
+        blocks, size = f"{self.depth} of {self.blocks} blocks", f"{self.needed * self.share / 1e6:,.0f} MB"
+        if self.encoder is not None:  # rows are as long as their longer side: the encoder's may be less
+            kept = f"what it makes of a text is kept (at most {size}), and computed once"
+            return f"the encoder ({blocks}) is frozen: {kept}"
+        return (
+            f"{blocks} are frozen below the adapter: what they make of a text is kept ({size}), "
+            f"so {self.often - self.once:,} of {self.often:,} tokens start above them"
+        )
 
     @property
     def told(self) -> str:
@@ -38,6 +62,18 @@ class RunTrunk(Trunk):
             f"the frozen blocks ran for {self.computed:,} tokens and were skipped for {self.served:,}, "
             f"which saved about {self.saved:.0f} s"
         )
+
+    def bound(self) -> None:
+        """Keep in memory at most a quarter of what is spare: beside the longest batch, once that was tried."""
+        self.store.memory = spare(self.model.device) // 4
+
+
+def spare(device: torch.device) -> int:
+    """Bytes that stay free on a device, or in this container, when this process has as many again as it ever had."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])  # PyTorch gives nothing back of what it had
+    returned = peak_bytes(device) - psutil.Process().memory_info().rss
+    return max(0, available() - max(0, returned))
 
 
 @contextlib.contextmanager
@@ -70,31 +106,25 @@ def open_trunk(
         yield None
         return
     seen = {i for batch in schedule.batches for i in batch}
-    once = sum(schedule.lengths[i] for i in seen) + sum(evaluation)
-    often = sum(schedule.lengths[i] for batch in schedule.batches for i in batch) + evaluations * sum(evaluation)
+    trunk.once = sum(schedule.lengths[i] for i in seen) + sum(evaluation)
+    trunk.often = sum(schedule.lengths[i] for batch in schedule.batches for i in batch) + evaluations * sum(evaluation)
+    trunk.needed = trunk.once * model.config.get_text_config().hidden_size * model.dtype.itemsize
     place = folder / f"{FOLDER}{os.environ.get('RANK', '')}" if shared is None else shared
-    memory, disk = room(place, model.device)
-    needed = once * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    kept = min(1.0, (memory + disk) / max(1, needed))
-    if not (wanted or shared) and (1 - once / max(1, often)) * kept * trunk.depth / trunk.blocks < LEAST:
+    trunk.store.disk = shutil.disk_usage(_existing(place)).free // 2
+    trunk.bound()
+    saved = (1 - trunk.once / max(1, trunk.often)) * trunk.share * trunk.depth / trunk.blocks
+    if not (wanted or shared) and saved < LEAST:
         yield None
         return
-    trunk.store = Store(memory, place, disk, trunk.key)
-    trunk.plan = _plan(trunk, f"{needed * kept / 1e6:,.0f} MB", once, often)
+    trunk.store = Store(trunk.store.memory, place, trunk.store.disk, trunk.key)
     try:
         yield trunk
     finally:
         trunk.store.close(delete=shared is None)
 
 
-def _plan(trunk: Trunk, size: str, once: int, often: int) -> str:
-    blocks = f"{trunk.depth} of {trunk.blocks} blocks"
-    if trunk.encoder is not None:  # rows are as long as their longer side: the encoder's may be less
-        return f"the encoder ({blocks}) is frozen: what it makes of a text is kept (at most {size}), and computed once"
-    return (
-        f"{blocks} are frozen below the adapter: what they make of a text is kept ({size}), "
-        f"so {often - once:,} of {often:,} tokens start above them"
-    )
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() or folder.parent == folder else _existing(folder.parent)
 
 
 def _trunk(model: Any, wanted: bool) -> RunTrunk | None:
