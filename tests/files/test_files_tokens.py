@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from examples import perturb
 from torch import Tensor
 
 import graft
+from examples import perturb
 from tiny import EOS, IDS, MODELS, VOCAB, batch, tiny
 
 CLASSIFIERS = {"bart": "BartForSequenceClassification", "t5": "T5ForSequenceClassification"}
@@ -73,7 +73,7 @@ def test_rows_of_a_classifier_that_peft_never_reads_are_in_our_own_form(
     perturb(graft.attach(model, method, "a"), 1, 0.3)
     want = model(**data).logits
     assert (want - base).abs().max() > 1e-3
-    with pytest.raises(graft.AdapterFileError, match="peft trains rows at .*shared, and leaves .*embed_tokens"):
+    with pytest.raises(graft.AdapterFileError, match=r"peft trains rows at .*shared, and leaves .*embed_tokens"):
         graft.save(model, "a", tmp_path / "peft", form="peft")
     graft.save(model, "a", tmp_path / "a")
     again = classifier(arch)
@@ -87,7 +87,7 @@ def test_rows_of_a_classifier_that_peft_never_reads_are_in_our_own_form(
     if not beside:
         assert torch.equal(twin(**data).logits, base)
     twin.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(graft.AdapterFileError, match="peft trains rows at .*shared, and leaves .*embed_tokens"):
+    with pytest.raises(graft.AdapterFileError, match=r"peft trains rows at .*shared, and leaves .*embed_tokens"):
         graft.load(classifier(arch), tmp_path / "theirs")
 
 
@@ -122,7 +122,7 @@ def test_rows_beside_a_tied_head_that_is_kept_whole_are_refused(tmp_path: Path) 
     (folder / "adapter_config.json").write_text(
         config.replace('"modules_to_save": null', '"modules_to_save": ["lm_head"]')
     )
-    with pytest.raises(graft.AdapterFileError, match="trainable_token_indices beside lm_head .* whose rows train"):
+    with pytest.raises(graft.AdapterFileError, match=r"trainable_token_indices beside lm_head .* whose rows train"):
         graft.load(tiny("llama_tied"), folder)
 
 
@@ -165,7 +165,7 @@ def test_a_folder_of_a_resized_base_says_what_to_do(arch: str, targets: list[str
         told.append(line)
     plain = targets == ["q_proj"]
     assert len(told) == (2 if plain and arch == "llama" else 1)
-    here = slice(None) if plain or arch == "llama_tied" else slice(VOCAB)  # peft leaves the new rows of lm_head out then
+    here = slice(None) if plain or arch == "llama_tied" else slice(VOCAB)  # peft saves no lm_head then
     torch.testing.assert_close(model(**data).logits[..., here], twin(**data).logits[..., here], atol=1e-5, rtol=1e-5)
     changed = resized(arch, 1)
     changed.get_input_embeddings().weight[3:9] += 1
