@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graft import probe
+from graft.bank import tables
 from graft.base import load_base, load_config, load_tokenizer
 from graft.errors import AdapterFileError, ConfigError, MergeError
 from graft.evaluate.opening import default_template, head_outputs, template_of
@@ -134,7 +135,8 @@ def merge_folder(
         merge(model, loaded.name, into=into, tied="untie" if untie else "error")
     except MergeError as error:  # parts are folders here
         raise MergeError(str(error).replace(f"'{loaded.name}/", f"'{adapter.rstrip('/')}/")) from error
-    if untie:
+    inputs, outputs = (getattr(table, "weight", None) for table in tables(model))
+    if untie and inputs is not outputs:  # else nothing there was untied, and both stand in the file once
         model.config.tie_word_embeddings = False
     if template is not None and template.label_names:
         model.config.id2label = dict(enumerate(template.label_names))

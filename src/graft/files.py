@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from graft import files_disk, files_forms, files_lora, freeze, probe, roles, vocabulary
+from graft import files_card, files_disk, files_forms, files_lora, freeze, probe, roles, vocabulary
 from graft.adapt import attach, detach
 from graft.adapter import Adapter
 from graft.bank import bank_of, known
@@ -31,10 +31,6 @@ from graft.methods import lora_init
 
 log = logging.getLogger("graft")
 
-CARD_FIELDS = {"format_version", "graft_version", "method", "peft_compat", "template", "tensors_sha256"}
-CARD_FIELDS |= {"base", "probe"}
-CARD_KINDS: dict[str, type] = dict.fromkeys(("base", "probe", "template"), dict)
-CARD_KINDS |= {"peft_compat": bool, "tensors_sha256": str}
 CHECKS = ("error", "warn", "off")
 FORMS = ("auto", "peft")
 ENCODED = "a folder holds what its encoder or MLP made, not the encoder: the rows train on by themselves"
@@ -161,14 +157,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         return {}
     card = files_disk.read_json(path)
     _check_version(card, path)
-    for field, value in card.items():
-        if field not in CARD_FIELDS and not targets.empty(value):
-            raise AdapterFileError(f"{path}: field {field!r} is not known to this version of Graft")
-    for field, kind in CARD_KINDS.items():
-        if card.get(field) is not None and not isinstance(card[field], kind):
-            raise AdapterFileError(f"{path}: {field} = {card[field]!r} is not what this version of Graft writes")
-    if not isinstance(card.get("method"), dict):
-        raise AdapterFileError(f"{path}: it names no method; delete it to load the folder as peft's")
+    files_card.check(card, path)
     return card
 
 
@@ -266,11 +255,18 @@ def _method(model: nn.Module, folder: Path, config: dict[str, Any], card: dict[s
     source = config if own else card
     if own:
         _check_version(config, where)
-    try:
-        method = from_dict(source["method"])
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise AdapterFileError(f"{where if own else folder / CARD}: method: {error}") from error
+    method = _read_method(source, where if own else folder / CARD)
     return method, bool(source.get("peft_compat", False)), own
+
+
+def _read_method(source: dict[str, Any], path: Path) -> Method:
+    settings = source.get("method")
+    if not isinstance(settings, dict):
+        raise AdapterFileError(f"{path}: method: expected its settings, as in {{'method': 'lora'}}, not {settings!r}")
+    try:
+        return from_dict(settings)
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise AdapterFileError(f"{path}: method: {error}") from error
 
 
 def _take(
@@ -296,6 +292,7 @@ def _take(
         if tuple(tensor.shape) != slots[key].shape:
             raise AdapterFileError(
                 f"{path}: {key} has shape {tuple(tensor.shape)}, this model and config need {slots[key].shape}"
+                + targets.resizing(model, tuple(tensor.shape), slots[key].shape)
             )
     missing = [key for key, slot in slots.items() if key not in tensors and not slot.optional]
     if missing:
@@ -353,8 +350,8 @@ def _check_config(
                 f"{folder / CONFIG}: field {field!r} = {value!r} is not what {CARD} says; delete {CARD} to load the "
                 "folder by its config alone"
             )
-    told = (from_dict(card["method"]), card.get("peft_compat")) if own and card else None
-    if told is not None and told != (adapter.method, config["peft_compat"]):
+    told = (_read_method(card, folder / CARD), card.get("peft_compat")) if own and card else None
+    if told is not None and told != (adapter.method, config.get("peft_compat")):
         raise AdapterFileError(f"{folder}: {CONFIG} and {CARD} describe different methods")
 
 

@@ -15,7 +15,7 @@ from graft import freeze, probe, roles
 from graft.adapter import Adapter
 from graft.bank import Bank, bank_of, known
 from graft.errors import AdapterFileError, MergeError
-from graft.hooks import SiteHook
+from graft.hooks import Act, SiteHook
 from graft.method import CopyDelta, Delta
 from graft.routes import BASE, Entry, entry_of
 from graft.weights import dense, is_embedding, is_linear, quantized, set_weight_OI, weight_OI
@@ -68,17 +68,16 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
         raise MergeError(f"into: {into!r} is not one of {', '.join(DTYPES)}")
     _refuse(model, bank, chosen, hooks, into, tied)
     dialled = {name: weight * bank[name].scale for name, weight in chosen}
-    before = probe.probe(model, dialled)
-    freeze.select(model, bank, chosen)
+    before = probe.probe(model, dialled, every=True)
     kept: list[Any] = []
     try:
+        freeze.select(model, bank, chosen)
         if into is not None:
             _unpack(model, DTYPES[into], kept)
-            hooks = [(hook, model.get_submodule(hook.path)) for hook, _ in hooks]
-        for hook, module in hooks:
-            _merge_site(model, module, hook.acts(chosen), hook.path, kept, tied)
+        _write(model, [(hook.path, hook.acts(chosen)) for hook, _ in hooks], kept)
     except BaseException:
         _put_back(kept)
+        freeze.select(model, bank, bank.used)
         raise
     bank.originals = kept
     bank.asleep = True
@@ -87,6 +86,9 @@ def merge(model: nn.Module, entry: Any, *, into: str | None = None, tied: str = 
     except AdapterFileError as error:
         unmerge(model)
         raise MergeError(f"the merged model does not compute what the adapters did: {error}") from error
+    except BaseException:
+        unmerge(model)
+        raise
     return model
 
 
@@ -135,11 +137,10 @@ def _refuse(
                 f"{hook.path} is quantized and its packed weight cannot be changed; merge into plain weights with "
                 "into='bf16', or load the base in 16 or 32 bit and the adapter there"
             )
-        alike = all(delta.everywhere for delta, _ in hook.acts(entry))
-        if tied == "error" and not alike and (other := _shares(model, module, hook.path)):
+        if tied == "error" and not _alike(hook.acts(entry)) and (others := _tied(model, module)):
             raise MergeError(
-                f"{hook.path} shares its weight with {other}: merging would change both, while unmerged only the "
-                "first changes; merge with tied='untie' to give it a weight of its own"
+                f"{hook.path} shares its weight with {next(iter(others.values()))}: merging would change both, while "
+                "unmerged only the first changes; merge with tied='untie' to give it a weight of its own"
             )
 
 
@@ -163,30 +164,55 @@ def _mergeable(delta: Delta) -> bool:
     return own.merged is not Delta.merged or own.weight_delta is not Delta.weight_delta
 
 
-def _shares(model: nn.Module, module: nn.Module, path: str) -> str | None:
-    """The path of another module with the same weight storage, if there is one."""
+def _storage(module: nn.Module) -> int | None:
+    """Where the module's weight lies; None where it has none."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return None
-    for other, sibling in model.named_modules():
-        same = getattr(sibling, "weight", None)
-        if sibling is not module and isinstance(same, Tensor) and same.data_ptr() == weight.data_ptr():
-            return other
-    return None
+    return weight.data_ptr() if isinstance(weight, Tensor) and not weight.is_meta and weight.numel() else None
+
+
+def _tied(model: nn.Module, module: nn.Module) -> dict[int, str]:
+    """Where each weight in the module lies that a module outside has too, and the path of the latter."""
+    inside = set(module.modules())
+    own = {_storage(each) for each in inside} - {None}
+    outside = [(_storage(each), path) for path, each in roles.modules_of_base(model).items() if each not in inside]
+    return {place: path for place, path in outside if place is not None and place in own}
 
 
 @torch.no_grad()
-def _merge_site(
-    model: nn.Module, module: nn.Module, acts: list[tuple[Delta, float]], path: str, kept: list[Kept], tied: str
-) -> None:
-    before = list(kept)
+def _write(model: nn.Module, sites: list[tuple[str, list[Act]]], kept: list[Any]) -> None:
+    """Merge what acts at each site; before the first is written, all are kept and what changes alone is untied."""
+    every = [(model.get_submodule(path), acts, path) for path, acts in sites]
+    for module, _, _ in every:
+        for child in module.modules():
+            kept.extend(
+                Kept(child, name, p, None if p is None else p.detach().clone()) for name, p in child._parameters.items()
+            )
+    for module, acts, _ in every:
+        if not _alike(acts):
+            _untie(model, module)
+    written: set[int | None] = set()
+    for module, acts, path in every:
+        _merge_site(module, acts, path, written)
+
+
+def _alike(acts: list[Act]) -> bool:
+    """Whether every module that has the site's weight changes in the same way."""
+    return all(delta.everywhere for delta, _ in acts)
+
+
+def _untie(model: nn.Module, module: nn.Module) -> None:
+    """Give a module weights of its own where others have them too."""
+    tied = _tied(model, module)
+    own: dict[int, nn.Parameter] = {}
     for child in module.modules():
-        kept.extend(
-            Kept(child, name, p, None if p is None else p.detach().clone()) for name, p in child._parameters.items()
-        )
-    alike = all(delta.everywhere for delta, _ in acts)
-    if not alike and _shares(model, module, path):
-        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+        place = _storage(child)
+        if place in tied:
+            weight = child.get_parameter("weight").detach().clone()
+            child.weight = own.setdefault(place, nn.Parameter(weight, requires_grad=False))
+
+
+def _merge_site(module: nn.Module, acts: list[Act], path: str, written: set[int | None]) -> None:
+    """`written`: where the weights lie that are merged already, of modules that stay tied."""
     rest = [(delta, weight) for delta, weight in acts if not isinstance(delta, CopyDelta)]
     copies = [(delta, weight) for delta, weight in acts if isinstance(delta, CopyDelta)]
     if rest and copies:
@@ -213,8 +239,10 @@ def _merge_site(
             zero = torch.zeros_like(merged[1])
             old = zero if bias_now is None else bias_now
             bias_now = _moved(old, zero if from_bias is None else from_bias, merged[1], weight)
-    if matrix and not (alike and any(item.parameter is module.weight for item in before)):
+    place = _storage(module)
+    if matrix and place not in written:
         set_weight_OI(module, weight_now)
+        written.add(place)
     elif not matrix:
         module.get_parameter("weight").copy_(weight_now)
     if bias_now is not None and bias is None:

@@ -35,6 +35,8 @@ PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16
 TOLERANCES = {"fp64": 1e-3, "fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "quantized": 0.25}
 """How far logits may lie apart, as a share of the largest one (at least of 1), coarsest last."""
 SAMPLES, TOKENS, LOGITS = 4, 8, 64
+MARKS = ("_token_id", "_token_index")
+"""How the fields of a config end that give a token a meaning."""
 QUANTIZED_ERROR = 0.35
 """Relative error of the sampled weights up to which a quantized base counts as the same; NF4 has about 0.1."""
 
@@ -94,8 +96,11 @@ def precision(model: nn.Module) -> str:
     return "fp32" if first is None else PRECISIONS.get(first.dtype, "fp32")
 
 
-def probe(model: nn.Module, entry: Any) -> dict[str, Any] | None:
+def probe(model: nn.Module, entry: Any, *, every: bool = False) -> dict[str, Any] | None:
     """The logits of a few fixed token ids under an entry, in eval mode; nothing of the model's state is changed.
+
+    Args:
+        every: every logit, as a tensor, in place of the few values that a file holds.
 
     Returns:
         `ids`, `logits` (at most 64 values of the last two positions, fp32), `outputs` (the size of the vocabulary) and
@@ -105,11 +110,11 @@ def probe(model: nn.Module, entry: Any) -> dict[str, Any] | None:
     takes_ids = getattr(model, "main_input_name", "input_ids") == "input_ids" and hasattr(model, "config")
     if first is None or first.is_meta or hasattr(first, "device_mesh") or not takes_ids:
         return None
-    ids = _token_ids(model)
-    logits_V = logits(model, entry, ids)
+    ids = _token_ids(model, entry)
+    logits_V = logits(model, entry, ids, every=every)
     if not bool(torch.isfinite(logits_V).all()):
         return None
-    values = [_short(value) for value in logits_V.tolist()]
+    values = logits_V if every else [_short(value) for value in logits_V.tolist()]
     return {"ids": ids, "precision": precision(model), "outputs": _outputs(model), "logits": values}
 
 
@@ -124,8 +129,9 @@ def check_probe(model: nn.Module, expected: dict[str, Any] | None, entry: Any) -
     """
     if not expected or next(model.parameters()).is_meta:
         return None
-    want_V = torch.tensor(expected["logits"])
-    got_V = logits(model, entry, expected["ids"], expected.get("outputs"))
+    want_V = torch.as_tensor(expected["logits"])
+    every = isinstance(expected["logits"], Tensor)
+    got_V = logits(model, entry, expected["ids"], expected.get("outputs"), every=every)
     order = list(TOLERANCES)
     coarser = max(expected["precision"], precision(model), key=order.index)
     if got_V.shape != want_V.shape:
@@ -140,8 +146,8 @@ def check_probe(model: nn.Module, expected: dict[str, Any] | None, entry: Any) -
 
 
 @torch.no_grad()
-def logits(model: nn.Module, entry: Any, ids: list[int], outputs: int | None = None) -> Tensor:
-    """At most 64 of the output's values (V), fp32, on the CPU: evenly spaced over the last two positions.
+def logits(model: nn.Module, entry: Any, ids: list[int], outputs: int | None = None, *, every: bool = False) -> Tensor:
+    """At most 64 of the output's values (V), fp32, on the CPU: evenly spaced over the last two positions; or `every`.
 
     `outputs`: of a language model's logits only the first so many, for a base that has got more tokens since.
     """
@@ -162,7 +168,9 @@ def logits(model: nn.Module, entry: Any, ids: list[int], outputs: int | None = N
     value: Tensor = next(out[name] for name in names if name in out)
     if outputs is not None and value.shape[-1] == _outputs(model):
         value = value[..., :outputs]
-    flat = (value[:, -2:] if value.dim() == 3 else value).float().flatten().cpu()
+    flat = (value[:, -2:] if value.dim() == 3 and not every else value).float().flatten().cpu()
+    if every:
+        return flat
     count = min(LOGITS, flat.numel())
     return flat[torch.tensor([i * (flat.numel() - 1) // max(count - 1, 1) for i in range(count)])]
 
@@ -221,15 +229,30 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _token_ids(model: nn.Module) -> list[int]:
-    """Ordinary tokens, and at the end the end-of-sequence token, which some classifiers read."""
+def _token_ids(model: nn.Module, entry: Any) -> list[int]:
+    """Tokens whose rows the entry trains, ordinary ones, and the end-of-sequence token, which some classifiers read."""
     config = _text_config(model)
     ordinary = slots.slot_token(config)
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
     ids = [(997 * i + 13) % int(config.vocab_size) for i in range(TOKENS)]
-    ids = [ordinary if token in special else token for token in ids]
+    ids = [*_trained_rows(model, entry), *(ordinary if token in special else token for token in ids)]
     end = getattr(config, "eos_token_id", None)
     return [*ids, end] if isinstance(end, int) else ids
+
+
+def _trained_rows(model: nn.Module, entry: Any) -> list[int]:
+    """The first tokens that an adapter of single rows names; without them nothing shows whether it acts.
+
+    Not those with a meaning of their own in the config: one may stand for an image that is not there.
+    """
+    bank = getattr(model, "adapters", None)
+    if not isinstance(bank, Bank):
+        return []
+    shared = [bank[name].shared for name, _ in bank.leaves(entry_of(entry))]
+    tokens = [token for each in shared for token in getattr(each, "tokens", ())]
+    fields = [item for config in (model.config, _text_config(model)) for item in vars(config).items()]
+    marks = {value for name, value in fields if name.endswith(MARKS) and isinstance(value, int)}
+    return [token for token in tokens if token not in marks][:TOKENS]
 
 
 def _outputs(model: nn.Module) -> int | None:

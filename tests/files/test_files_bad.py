@@ -233,6 +233,7 @@ def test_config_and_card_must_agree(ours: Path, file: str, fields: dict[str, Any
         ({"surprise": 1}, "'surprise'"),
         ({"method": {"method": "bottleneck", "size": 4}}, "has shape"),
         ({"peft_type": "HEAD"}, "'peft_type'"),
+        ({"method": "bottleneck"}, "adapter_config.json: method: .*not 'bottleneck'"),
     ],
 )
 def test_own_config(fields: dict[str, Any], match: str, tmp_path: Path) -> None:
@@ -240,6 +241,39 @@ def test_own_config(fields: dict[str, Any], match: str, tmp_path: Path) -> None:
     (folder / CARD).unlink()
     edit(folder, **fields)
     refused(folder, match)
+
+
+def _without(part: dict[str, Any], field: str) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != field}
+
+
+@pytest.mark.parametrize(
+    ("field", "damage", "match"),
+    [
+        ("base", lambda base: _without(base, "tensors"), "base.tensors: missing"),
+        ("base", lambda base: _without(base, "config"), "base.config: missing"),
+        ("base", lambda base: base | {"precision": "fp23"}, "base.precision: .*'fp23'"),
+        ("base", lambda base: base | {"tensors": ["model.norm.weight"]}, "base.tensors: .*valid dictionary"),
+        ("base", lambda base: base | {"tensors": dict.fromkeys(base["tensors"], "99x32 O.1")}, "'99x32 O.1' is not"),
+        ("base", lambda base: "LlamaForCausalLM", "base: .*'LlamaForCausalLM'"),
+        ("probe", lambda probe: _without(probe, "logits"), "probe.logits: missing"),
+        ("probe", lambda probe: probe | {"ids": 5}, "probe.ids: .*valid list"),
+        ("probe", lambda probe: probe | {"logits": []}, "probe.logits: .*at least 1"),
+        ("method", lambda method: method | {"layers": {"range": [0, 2, 0]}}, "method: "),
+    ],
+)
+def test_a_damaged_card(ours: Path, field: str, damage: Callable[[Any], Any], match: str) -> None:
+    edit(ours, CARD, **{field: damage(json.loads((ours / CARD).read_text())[field])})
+    refused(ours, f"graft.json: .*{match}")
+
+
+def test_a_config_of_our_own_that_lost_a_field(tmp_path: Path) -> None:
+    folder = graft.save(attached("llama", graft.Bottleneck(size=3)), "a", tmp_path / "a")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(_without(config, "peft_compat")))
+    refused(folder, "describe different methods")
+    (folder / CONFIG).write_text(json.dumps(_without(config, "method")))
+    refused(folder, "adapter_config.json: method: .*not None")
 
 
 def test_prefix_heads_must_fit(tmp_path: Path) -> None:

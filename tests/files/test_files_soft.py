@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_files_peft import MAIN, TASKS, graft_logits, our_adapter, read_by_peft, round_trip, written_by_peft
 
 import graft
-from tiny import tiny
+from tiny import batch, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -146,3 +146,23 @@ def test_bad_fields(field: str, value: Any, match: str, tmp_path: Path) -> None:
     with pytest.raises(graft.AdapterFileError, match=match):
         graft.load(model, tmp_path / "a")
     assert not hasattr(model, "adapters")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+def test_peft_pools_a_decoder_s_padded_rows_at_a_pad(kind: str, tmp_path: Path) -> None:
+    """We pool at the last token: where a row has no padding both agree, alone or in a batch."""
+    peft = pytest.importorskip("peft")
+    task = TASKS["llama_cls"]
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3) if kind == "prompt" else encoder("llama_cls")
+    twin = peft.get_peft_model(tiny("llama_cls"), config).eval()
+    twin.save_pretrained(tmp_path / "a")
+    model = tiny("llama_cls")
+    graft.load(model, tmp_path / "a", "a")
+    data = {key: value for key, value in batch("llama_cls").items() if key != "labels"}
+    ours, theirs = model(**graft.prepare(model, data)).logits, twin(**data).logits
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+    assert ((ours - theirs).abs().amax(-1)[1:] > 1e-4).all()
+    for row, length in enumerate(data["attention_mask"].sum(-1).tolist()):
+        alone = {key: value[row : row + 1, :length] for key, value in data.items()}
+        torch.testing.assert_close(twin(**alone).logits[0], ours[row], atol=1e-5, rtol=1e-5)

@@ -119,7 +119,7 @@ class Form:
     def of_base(self, model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
         """What peft writes of the base itself, by the way: embeddings that are targeted."""
         return {
-            f"{ROOT}{path}.{name}": own_weight(module, path)
+            f"{ROOT}{path}.{name}": own_weight(module, path, name)
             for path, module in targets.embeddings(model).items()
             for name in ("base_layer.weight", "weight")
         }
@@ -148,21 +148,40 @@ def copied(delta: Delta) -> dict[str, Slot]:
     return {key: plain(value) for key, value in delta.kept().items()}
 
 
-def own_weight(module: nn.Module, path: str) -> Slot:
-    """The slot of a module's frozen weight, which a file may hold and which must be the model's own."""
+def own_weight(module: nn.Module, path: str, name: str) -> Slot:
+    """The slot of a module's frozen weight, which a file may hold by this name and which must be the model's own."""
     weight: Any = module.weight if is_embedding(module) else weight_OI(module)
-    return checked(weight, path)
+    return checked(weight, path, f"{ROOT}{path}.{name}")
 
 
-def checked(own: Tensor, path: str) -> Slot:
-    """A tensor of the base that a file may hold and that must be the model's own."""
+def checked(own: Tensor, path: str, key: str = "") -> Slot:
+    """A tensor of the base that a file may hold and that must be the model's own.
+
+    Args:
+        key: its name in the file, if it is a table with a row for each token.
+    """
 
     def same(new: Tensor) -> None:
         mine, new = own.detach().float(), new.to(own.device).float()
-        if not own.is_meta and not torch.allclose(mine, new, rtol=2**-7, atol=1e-6):
-            raise AdapterFileError(f"it holds another {path} than the model's: the adapter belongs to a changed base")
+        if own.is_meta or torch.allclose(mine, new, rtol=2**-7, atol=1e-6):
+            return
+        if key and (first := _new_rows(mine, new)):
+            raise AdapterFileError(
+                f"rows {first} to {len(new) - 1} of {path} are others than the model's: those of new tokens start at "
+                "random, and the adapter was trained with the file's; put the file's in first: "
+                f"model.get_submodule({path!r}).weight.data[{first}:] = tensors[{key!r}][{first}:], where tensors is "
+                "safetensors.torch.load_file of it"
+            )
+        raise AdapterFileError(f"it holds another {path} than the model's: the adapter belongs to a changed base")
 
     return Slot(tuple(own.shape), lambda: own.detach(), same, optional=True)
+
+
+def _new_rows(mine_VD: Tensor, theirs_VD: Tensor) -> int:
+    """The first row from which on all differ, behind rows that are all equal; 0 where they differ otherwise."""
+    equal_V = torch.isclose(mine_VD, theirs_VD, rtol=2**-7, atol=1e-6).all(dim=1)
+    count = int(equal_V.sum())
+    return count if bool(equal_V[:count].all()) else 0
 
 
 def whole(full: Tensor, kept: Tensor) -> None:

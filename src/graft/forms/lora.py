@@ -96,7 +96,7 @@ class LoRAForm(Form):
         return trainable_tokens.beside(made, config, model)
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:
-        method, tokens = trainable_tokens.split(method, adapter)
+        method, tokens = trainable_tokens.split(model, method, adapter)
         if not isinstance(method, LoRA):
             raise Unheld(f"peft has no {method.name} beside trainable tokens")
         inits = {name: init for init, name in INITS.items()}

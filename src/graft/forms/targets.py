@@ -226,6 +226,15 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in modules(model).items() if any(m is w for w in wanted if w is not None)}
 
 
+def resizing(model: nn.Module, given: tuple[int, ...], needed: tuple[int, ...]) -> str:
+    """What to do where a tensor differs in the number of tokens alone; "" elsewhere."""
+    rows = {len(getattr(module, "weight", ())) for module in embeddings(model).values()}
+    others = [(new, old) for new, old in zip(given, needed, strict=False) if new != old]
+    if len(given) != len(needed) or len(others) != 1 or others[0][1] not in rows:
+        return ""
+    return f"; its base had another number of tokens: call model.resize_token_embeddings({others[0][0]}) first"
+
+
 def touches_embeddings(model: nn.Module, config: Config) -> bool:
     """Whether the config adapts, or keeps whole, an input or output embedding."""
     return bool((targeted(model, config) | saved_whole(model, config)) & set(embeddings(model)))

@@ -8,12 +8,12 @@ Shape legend: N named tokens, D width.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graft import roles
 from graft.bank import Adapter
 from graft.errors import AdapterFileError
 from graft.forms import targets
@@ -46,13 +46,15 @@ class TrainableTokensForm(Form):
             wrong = next((name for name in names if name.rpartition(".")[2] not in NAMES), None)
         else:
             wrong = next((path for path in sorted(_targeted(model, named)) if path not in tied(model)), None)
+            if (odd := unreached(model)) is not None:
+                raise AdapterFileError(f"{odd}, so that this adapter computes something else there than its method")
         if wrong is not None:
             raise AdapterFileError(f"target_modules: {wrong} is not the input embedding, whose rows alone train")
         return TrainableTokens(tokens=tuple(ids), head=False)
 
     def write(self, model: nn.Module, adapter: Adapter, method: Method, config: Config) -> Config:
         assert isinstance(method, TrainableTokens)
-        _check_heads(adapter)
+        _check(model, adapter)
         return {"target_modules": tied(model)[0], "token_indices": method.ids(), "init_weights": True}
 
     def slots(self, model: nn.Module, adapter: Adapter, config: Config) -> dict[str, Slot]:
@@ -73,21 +75,30 @@ def beside(method: Method, config: Config, model: nn.Module | None) -> Method:
         name, asked = next(iter(asked.items())) if len(asked) == 1 else ("several modules", ())
         if name.rpartition(".")[2] not in NAMES:
             raise AdapterFileError(f"trainable_token_indices: {name} is not the input embedding")
-    if model is not None and targets.touches_embeddings(model, config):
-        raise AdapterFileError("trainable_token_indices beside a target that is the embedding is not supported")
-    plain_method = dataclasses.replace(method, modules_to_save=())
-    tokens = TrainableTokens(tokens=tuple(asked))
-    return Compose(plain_method, tokens, head=method.head, modules_to_save=method.modules_to_save)
+    if model is not None:
+        _check_beside(config, model)
+    return Compose(method, TrainableTokens(tokens=tuple(asked)), head=method.head)
 
 
-def split(method: Method, adapter: Adapter) -> tuple[Method, Config]:
+def _check_beside(config: Config, model: nn.Module) -> None:
+    if (odd := unreached(model)) is not None:
+        raise AdapterFileError(f"trainable_token_indices: {odd}, so that they compute something else there")
+    taken = targets.targeted(model, config) | targets.saved_whole(model, config)
+    if (twice := next((path for path in tied(model) if path in taken), None)) is not None:
+        raise AdapterFileError(
+            f"trainable_token_indices beside {twice} in target_modules or modules_to_save is not supported: it has the "
+            "weight whose rows train"
+        )
+
+
+def split(model: nn.Module, method: Method, adapter: Adapter) -> tuple[Method, Config]:
     """`beside` undone: the method of a LORA folder, and its field for tokens."""
     if not isinstance(method, Compose):
         return method, {}
     first, *others = method.parts
     if len(others) != 1 or not isinstance(others[0], TrainableTokens):
         raise Unheld(f"peft has no {method.name} as Graft computes it, but for trainable tokens beside LoRA")
-    _check_heads(adapter)
+    _check(model, adapter)
     return first, {"trainable_token_indices": others[0].ids()}
 
 
@@ -106,7 +117,31 @@ def tied(model: nn.Module) -> list[str]:
     return [*first, *(path for path in alike if path not in first)]
 
 
-def _check_heads(adapter: Adapter) -> None:
+def unreached(model: nn.Module) -> str | None:
+    """What peft leaves as it is of a table's rows: it follows the ties that the model's class declares, and no others.
+
+    So the tables of a BART or T5 classifier have rows at `shared` alone, which never runs.
+    """
+    first, *others = tied(model)
+    names: dict[str, str] = {}
+    if isinstance(_declared(model), dict) and getattr(model.config, "tie_word_embeddings", False):
+        for path, module in roles.modules_of_base(model).items():
+            dot = f"{path}." if path else ""
+            own = _declared(module)
+            names |= {f"{dot}{key}": f"{dot}{source}" for key, source in own.items()} if isinstance(own, dict) else {}
+    weights = {f"{path}.weight" for path in (first, *others)}
+    reached = {name for name, source in names.items() if source in weights}
+    missing = next((path for path in others if f"{path}.weight" not in reached), None)
+    return None if missing is None else f"peft trains rows at {first}, and leaves {missing}, which has the same weight"
+
+
+def _declared(module: nn.Module) -> Any:
+    return getattr(module, "_tied_weights_keys", None)
+
+
+def _check(model: nn.Module, adapter: Adapter) -> None:
+    if (odd := unreached(model)) is not None:
+        raise Unheld(odd)
     heads = [delta for _, delta in adapter.items() if isinstance(delta, HeadRowsDelta)]
     if any(getattr(delta.head[0], "bias", None) is not None and not delta.drops_bias for delta in heads):
         raise Unheld("peft computes a tied head without its bias (peft_compat=True does so too)")

@@ -118,13 +118,18 @@ class TrainableTokens(Method):
 
 
 class TokenRows(nn.Module):
-    """The rows (N, D) of all named tokens, and where each token's row is."""
+    """The rows (N, D) of all named tokens, and where each token's row is.
+
+    Attributes:
+        tokens: the ids; a probe reads them too, or it would not see the rows.
+    """
 
     index: Tensor
     place: Tensor
 
     def __init__(self, weight_VD: Tensor, ids: list[int]) -> None:
         super().__init__()
+        self.tokens = ids
         index_N = torch.tensor(ids, device=weight_VD.device)
         place_V = torch.full(weight_VD.shape[:1], -1, device=weight_VD.device)
         place_V[index_N] = torch.arange(len(ids), device=weight_VD.device)
