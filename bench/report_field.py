@@ -91,7 +91,7 @@ def halving() -> list[str]:
         _by(found),
         "",
         f"{seconds[0]:,.0f} s against {seconds[1]:,.0f} s, **{found['share of the wall time']:.2f}** of the time; "
-        f"the winner is {best[0]} with the one and {best[1]} with the other.",
+        f"the winner is {best[0]} with the one and {best[1]} with the other. {found.get('note', '')}".rstrip(),
         "",
         common.table(["method", "rate, halving", "rate, whole grid", "BLEU, halving", "BLEU, whole grid"], lines),
         "",

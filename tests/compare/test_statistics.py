@@ -235,7 +235,7 @@ def test_too_few_seeds_to_tell_is_no_tie() -> None:
     assert "16 shots" in found.undecided and found.cheapest == "lora"
     assert any(line.startswith("Undecided against full") and "16 shots" in line for line in found.lines)
     assert found.seeds == {"lora": None, "16 shots": seeds_to_tell(groups["full"], groups["16 shots"], LEVEL / 10)}
-    assert f"16 shots {found.seeds['16 shots']}." in next(line for line in found.lines if line.startswith("So many"))
+    assert f"16 shots ({found.seeds['16 shots']})." in next(line for line in found.lines if line.startswith("So many"))
 
 
 def test_one_seed_each() -> None:

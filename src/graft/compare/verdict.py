@@ -187,7 +187,7 @@ def _cheapest_line(
 def _seeds_lines(best: str, seeds: Mapping[str, int | None]) -> Iterator[str]:
     """How many seeds would tell those that the tests do not tell from the best."""
     if_so = f"from {best}, if means and spread stay"
-    if near := [f"{name} {count}" for name, count in seeds.items() if count is not None]:
+    if near := [f"{name} ({count})" for name, count in seeds.items() if count is not None]:
         yield f"So many seeds of each would tell them {if_so}: {_list(near)}."
     if far := [name for name, count in seeds.items() if count is None]:
         yield f"More than {SEEDS} seeds of each would be needed to tell {_list(far)} {if_so}."
