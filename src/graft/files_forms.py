@@ -20,6 +20,7 @@ from graft.errors import AdapterFileError, ConfigError, SiteError
 from graft.forms import targets
 from graft.forms.base import COMMON, FORMS, ROOT, Config, Slot, Unheld, form_of, plain
 from graft.method import CopyDelta, Expanded, Method
+from graft.methods.compose import Compose
 
 FORMAT = 1
 TASKS = {
@@ -161,13 +162,23 @@ def read_object(config: Any, model: nn.Module) -> Method | None:
     form, where = FORMS.get(targets.text_of(kind)), type(config).__name__
     try:
         data = targets.uncut(model, form.fitted(data, model)) if form else data
-        kept = targets.kept(data, model) if form and "modules_to_save" in form.fields else {}
+        kept = targets.kept(data, model) if form and "modules_to_save" in form.fields else None
     except AdapterFileError as error:
         raise ConfigError(f"{where}: {error}") from error
     try:
-        return dataclasses.replace(method_of(data, None, where), **kept)
+        method = method_of(data, None, where)
+        return method if kept is None else _keeping(method, kept, bool(roles.task_heads(model)))
     except AdapterFileError as error:
         raise ConfigError(str(error)) from error
+
+
+def _keeping(method: Method, kept: dict[str, Any], heads: bool) -> Method:
+    """A method that keeps these modules whole, in a composed one its first part; `heads`: the model has any."""
+    kept = kept | {"head": kept["head"] and heads}
+    if not isinstance(method, Compose):
+        return dataclasses.replace(method, **kept)
+    first = dataclasses.replace(method.parts[0], modules_to_save=kept["modules_to_save"])
+    return dataclasses.replace(method, parts=(first, *method.parts[1:]), head=kept["head"])
 
 
 def free_fields(config: Config) -> set[str]:
