@@ -54,7 +54,8 @@ def _compared(name: str) -> list[str]:
     rows = found["summary"]["rows"]
     runs = sum(row["seeds"] for row in rows if row["status"] == "ok")
     about = f"{len(rows)} entries, {runs} runs that count, {found['seconds']:,.0f} s with the search of the rates"
-    return [_by(found), "", f"{about}; settings: `bench/{name}.yaml`.", "", told, ""]
+    note = found.get("note", "")
+    return [_by(found), "", f"{about}; settings: `bench/{name}.yaml`. {note}".rstrip(), "", told, ""]
 
 
 def killed() -> list[str]:
@@ -69,7 +70,7 @@ def killed() -> list[str]:
         _by(found),
         "",
         f"SST-2 again, killed (SIGKILL) after {after} finished runs and started again: all figures of the "
-        f"{found['entries']} entries but times and memory are {same} to those of the undisturbed one. "
+        f"{found['entries']} entries but times, memory and bytes on disk are {same} to those of the undisturbed one. "
         f"{found['seconds']:,.0f} s in all. {found.get('note', '')}".rstrip(),
         "",
     ]
